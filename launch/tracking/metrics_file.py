@@ -1,0 +1,115 @@
+"""`metrics.jsonl`: one JSON object a line, appended as steps commit; the truth of what a run measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsFile:
+    """Appends records to `<run>/metrics.jsonl`; each line has reached the operating system when `append` returns.
+
+    JSON has no NaN and no infinity: such numbers are written as null. A step with a non-finite gradient is known by its
+    `skipped`, and a null loss that was not skipped is a loss that was not finite.
+
+    Raises ValueError, naming the path, where the file cannot be opened or written: without it a run has no record.
+    """
+
+    def __init__(self, run_directory: Path) -> None:
+        self.path = run_directory / FILE_NAME
+        try:
+            _mend_torn_end(self.path)
+            self._file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise ValueError(
+                f"{self.path}: cannot be opened for writing ({error.strerror}); choose a writable run.directory"
+            ) from error
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one line. A line cut short by a full disk is mended when the file is next opened."""
+        try:
+            line = json.dumps(record, allow_nan=False)
+        except ValueError:
+            line = json.dumps(_finite(record), allow_nan=False)
+        rest = memoryview(line.encode() + b"\n")
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise ValueError(
+                f"{self.path}: cannot be written ({error.strerror}); free some space and resume the run"
+            ) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(run_directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The step records and the evaluation records of a run, each sorted by step.
+
+    A resumed run repeats the steps after its checkpoint: the last line of a step counts. A last line that is not whole
+    was torn by a crash and is dropped; any other broken line raises ValueError with its number. A run that has not
+    written a line yet has two empty lists.
+    """
+    path = run_directory / FILE_NAME
+    steps: dict[int, dict[str, Any]] = {}
+    evaluations: dict[int, dict[str, Any]] = {}
+    if not path.exists():
+        return [], []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            record = _parse(line)
+            if record is None:
+                if not line.endswith(b"\n"):
+                    break
+                raise ValueError(
+                    f"{path}: line {number} is not a JSON object with a whole-number `step`; "
+                    "restore the file or delete that line"
+                )
+            (evaluations if "evaluation" in record else steps)[record["step"]] = record
+    return [steps[step] for step in sorted(steps)], [evaluations[step] for step in sorted(evaluations)]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # also what a broken UTF-8 sequence raises
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    return record
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _mend_torn_end(path: Path) -> None:
+    """Make the file end with a newline: complete a whole last line, cut off a torn one."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        start, tail = size, b""
+        while start > 0 and b"\n" not in tail:
+            start = max(0, start - 65536)
+            file.seek(start)
+            tail = file.read(size - start)
+        last = tail[tail.rfind(b"\n") + 1 :]
+        if not last:
+            return
+        if _parse(last) is None:
+            file.truncate(size - len(last))
+        else:
+            file.write(b"\n")
