@@ -79,10 +79,13 @@ class Tracking:
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a record, evaluations as `evaluation/<name>`; True and False as 1 and 0, to be drawn."""
-    evaluation = {f"evaluation/{name}": value for name, value in record.get("evaluation", {}).items()}
+    """The numbers of a record, an evaluation's as `evaluation/<name>`; True and False as 1 and 0, to be drawn."""
+    if "evaluation" in record:
+        record = {"step": record["step"]} | {
+            f"evaluation/{name}": value for name, value in record["evaluation"].items()
+        }
     return {
         name: int(value) if isinstance(value, bool) else value
-        for name, value in (record | evaluation).items()
+        for name, value in record.items()
         if isinstance(value, int | float)
     }

@@ -1,0 +1,94 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from launch.tracking.metrics_file import MetricsFile, read_metrics
+
+
+def write(run: Path, *records: dict) -> None:
+    file = MetricsFile(run)
+    for record in records:
+        file.append(record)
+    file.close()
+
+
+def test_records_come_back_sorted_and_apart(tmp_path: Path) -> None:
+    write(tmp_path, {"step": 1, "loss": 2.0}, {"step": 1, "evaluation": {"loss": 1.5}}, {"step": 2, "loss": 1.0})
+    steps, evaluations = read_metrics(tmp_path)
+    assert steps == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    assert evaluations == [{"step": 1, "evaluation": {"loss": 1.5}}]
+
+
+def test_last_line_of_a_step_counts(tmp_path: Path) -> None:
+    write(tmp_path, {"step": 1, "attempt": 1}, {"step": 2, "attempt": 1}, {"step": 3, "attempt": 1})
+    write(tmp_path, {"step": 2, "attempt": 2}, {"step": 3, "attempt": 2})
+    steps, _ = read_metrics(tmp_path)
+    assert [(record["step"], record["attempt"]) for record in steps] == [(1, 1), (2, 2), (3, 2)]
+
+
+def test_a_line_is_on_the_file_as_soon_as_append_returns(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path)
+    file.append({"step": 1})
+    assert file.path.read_bytes() == b'{"step": 1}\n'
+    file.close()
+
+
+def test_numbers_that_json_has_not_become_null(tmp_path: Path) -> None:
+    write(
+        tmp_path, {"step": 1, "loss": math.nan, "skipped": True, "evaluation": {"a": math.inf, "b": [1.0, -math.inf]}}
+    )
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    record = json.loads(line, parse_constant=refuse)
+    assert record == {"step": 1, "loss": None, "skipped": True, "evaluation": {"a": None, "b": [1.0, None]}}
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', "{", '{"step": 3}x', '{"step": '])
+@pytest.mark.parametrize(
+    "before", [0, 2, 20_000]
+)  # 20,000 lines: longer than one block of the search for the last newline
+def test_a_torn_last_line_is_dropped_and_then_cut_off(tmp_path: Path, torn: str, before: int) -> None:
+    whole = "".join(f'{{"step": {step}}}\n' for step in range(1, before + 1))
+    (tmp_path / "metrics.jsonl").write_text(whole + torn)
+    assert len(read_metrics(tmp_path)[0]) == before
+    write(tmp_path, {"step": 50_000})
+    assert (tmp_path / "metrics.jsonl").read_text() == whole + '{"step": 50000}\n'
+
+
+def test_a_whole_last_line_without_its_newline_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    assert len(read_metrics(tmp_path)[0]) == 2
+    write(tmp_path, {"step": 3})
+    assert [record["step"] for record in read_metrics(tmp_path)[0]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("broken", ["{", "[1]", '{"loss": 1.0}', '{"step": 1.5}', '{"step": true}', "\ufffd", ""])
+def test_a_broken_line_elsewhere_is_an_error_with_its_number(tmp_path: Path, broken: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + broken + '\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is not a JSON object"):
+        read_metrics(tmp_path)
+
+
+def test_a_run_without_a_line_yet_is_empty(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path) == ([], [])
+    write(tmp_path)
+    assert read_metrics(tmp_path) == ([], [])
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    file = MetricsFile(tmp_path)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
+        file.append({"step": 1})
+    file.close()
+
+
+def test_an_unwritable_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: cannot be opened for writing"):
+        MetricsFile(tmp_path)
