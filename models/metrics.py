@@ -18,7 +18,7 @@ def bits_per_byte(loss_sum_nats: float, target_bytes: int) -> float:
 
 def accuracy(confusion: Tensor) -> float:
     """Share of samples on the diagonal of a (true class, predicted class) count matrix."""
-    return (confusion.diagonal().sum() / confusion.sum()).item()
+    return int(confusion.diagonal().sum()) / int(confusion.sum())  # in Python: torch would divide in fp32
 
 
 def macro_precision_recall(confusion: Tensor) -> tuple[float, float]:

@@ -44,7 +44,9 @@ class Task(Protocol):
         """The training loss of a batch on the model's device."""
 
     def evaluate(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """float64 and int64 sums, the same keys and shapes for every batch; to be added up, then summarised."""
+        """float64 and int64 sums, the same keys and shapes for every batch; to be added up, then summarised.
+
+        The caller has put the model in evaluation mode; no gradient is kept."""
 
     def summarise(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """The final metrics, from sums over the whole evaluation."""
@@ -102,6 +104,7 @@ class LanguageModelling:
         items = batch["loss_mask"].sum() if "loss_mask" in batch else targets.numel()
         return LossSum(per_sample.sum(), items, per_sample.detach())
 
+    @torch.no_grad()
     def evaluate(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         losses, targets = self._token_losses(model, batch, label_smoothing=0.0)
         counted = targets != IGNORED_TARGET
@@ -178,6 +181,7 @@ class Classification:
         )
         return LossSum(losses.sum(), losses.shape[0], losses.detach())
 
+    @torch.no_grad()
     def evaluate(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         labels = batch["labels"]
         logits = model(self._normalise(batch["images"]))
