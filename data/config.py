@@ -1,0 +1,101 @@
+"""The recipe's `data` section, and the grammar of source addresses. Imports no torch and no numpy."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+SourceKind = Literal["stdlib", "digits", "text", "jsonl", "parquet", "images", "hf"]
+
+SOURCE_FORMS = (
+    "stdlib, digits, text:PATH, jsonl:PATH#FIELD, parquet:PATH#COLUMN, images:DIR, hf:NAME[:CONFIG][@SPLIT][#COLUMN]"
+)
+
+# 256 bytes and the end-of-document token: the smallest vocabulary a byte-level BPE can have.
+MINIMUM_BPE_SIZE = 257
+
+
+@dataclass(frozen=True)
+class SourceAddress:
+    """A parsed source address.
+
+    `location` is the path or hub name ("" for built-in sources), `column` the JSONL field, Parquet or `datasets`
+    column, `config` and `split` only of `hf:` addresses.
+    """
+
+    kind: SourceKind
+    location: str = ""
+    column: str | None = None
+    config: str | None = None
+    split: str = "train"
+
+
+def parse_source(address: str) -> SourceAddress:
+    """Parse a source address such as `jsonl:corpus/*.jsonl#text`; a ValueError lists the valid forms."""
+    kind, colon, rest = address.partition(":")
+    if kind in ("stdlib", "digits") and not colon:
+        return SourceAddress(kind=kind)  # type: ignore[arg-type]
+    if kind in ("text", "images") and rest:
+        return SourceAddress(kind=kind, location=rest)  # type: ignore[arg-type]
+    if kind in ("jsonl", "parquet"):
+        path, _, column = rest.rpartition("#")
+        if path and column:
+            return SourceAddress(kind=kind, location=path, column=column)  # type: ignore[arg-type]
+    if kind == "hf" and rest:
+        return _parse_hugging_face(address, rest)
+    raise ValueError(f"source {address!r} is not an address; the forms are {SOURCE_FORMS}")
+
+
+def _parse_hugging_face(address: str, rest: str) -> SourceAddress:
+    head, hash_mark, column = rest.partition("#")
+    head, at, split = head.partition("@")
+    name, colon, config = head.partition(":")
+    if not name or (hash_mark and not column) or (at and not split) or (colon and not config):
+        raise ValueError(f"source {address!r} has an empty part; the forms are {SOURCE_FORMS}")
+    return SourceAddress(kind="hf", location=name, column=column or None, config=config or None, split=split or "train")
+
+
+class DataConfig(BaseModel):
+    """What to train on. A dataset is prepared once; what only the reading needs does not enter its identity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field("stdlib", description=f"source address: {SOURCE_FORMS}")
+    directory: Path | None = Field(
+        None, description="the prepared dataset to use or create; null: under prepared/, named by its contents"
+    )
+    tokenizer: str = Field("bytes", description="bytes, bpe:SIZE, the path of a tokenizer.json, or a hub name")
+    validation_fraction: float = Field(
+        0.05, gt=0, lt=1, description="share of documents held out, chosen by each document's content hash"
+    )
+    sequence_tokens: int = Field(256, ge=1, description="tokens a sample predicts (token datasets)")
+    image_size_pixels: int | None = Field(
+        None, ge=1, description="resize images to this square; null: as stored, where all must agree"
+    )
+    image_channels: Literal[1, 3] | None = Field(None, description="grey or RGB; null: as stored")
+    prefetch_steps: int = Field(2, ge=1, description="global steps made ready ahead of the training step")
+    shard_bytes: int = Field(67_108_864, ge=1, description="a shard is closed before a document would pass this")
+
+    @field_validator("source")
+    @classmethod
+    def _source_has_a_form(cls, address: str) -> str:
+        parse_source(address)
+        return address
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _tokenizer_has_a_form(cls, spec: str) -> str:
+        if not spec:
+            raise ValueError("tokenizer is empty; use bytes, bpe:SIZE, the path of a tokenizer.json, or a hub name")
+        if spec.startswith("bpe:"):
+            bpe_size(spec)
+        return spec
+
+
+def bpe_size(spec: str) -> int:
+    """The vocabulary size asked for by `bpe:SIZE`, the end-of-document token included."""
+    size = spec.removeprefix("bpe:")
+    if not (size.isascii() and size.isdigit()) or int(size) < MINIMUM_BPE_SIZE:
+        raise ValueError(f"tokenizer {spec!r}: SIZE must be a whole number of at least {MINIMUM_BPE_SIZE}")
+    return int(size)

@@ -1,0 +1,194 @@
+"""A prepared dataset opened for reading: random access by sample id, checked as it is read."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from PIL import Image
+
+from data.config import DataConfig
+from data.errors import CorruptData
+from data.manifest import RESTORE, ImagesEntry, Manifest, Split, check_file, read_manifest
+from data.shards import ImageShard, TokenShard, samples_of
+
+SampleIds = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
+Fields = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What a model or task must know of a dataset; None where it does not apply."""
+
+    kind: Literal["tokens", "images"]
+    vocabulary_size: int | None = None
+    sequence_tokens: int | None = None
+    classes: int | None = None
+    class_names: tuple[str, ...] = ()
+    channels: int | None = None
+    image_size_pixels: int | None = None
+
+
+class Dataset(Protocol):
+    """What the stream needs of a dataset."""
+
+    @property
+    def directory(self) -> Path: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def facts(self) -> DatasetFacts: ...
+    @property
+    def sample_bytes(self) -> int: ...
+
+    def gather(self, sample_ids: SampleIds) -> tuple[Fields, Hashes]: ...
+
+
+class TokenDataset:
+    """Tokens of one split. A sample is T tokens and the one after them; samples never cross shards."""
+
+    def __init__(self, directory: Path, manifest: Manifest, split: Split, sequence_tokens: int) -> None:
+        assert manifest.tokenizer is not None
+        assert manifest.dtype is not None
+        self.directory = directory
+        self.fingerprint = manifest.fingerprint
+        self._dtype = manifest.dtype
+        self._sequence_tokens = sequence_tokens
+        self._entries = manifest.splits[split].shards
+        for entry in self._entries:
+            for file in entry.files():
+                check_file(directory, file)
+        counts = [samples_of(entry.tokens or 0, sequence_tokens) for entry in self._entries]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+        self.samples = int(self._ends[-1])
+        if self.samples == 0:
+            longest = max(entry.tokens or 0 for entry in self._entries)
+            raise ValueError(
+                f"data.sequence_tokens {sequence_tokens} is longer than the {split} data of {directory}, whose longest "
+                f"shard has {longest} tokens (one more than a sequence is needed); lower it or add data"
+            )
+        self._shards: list[TokenShard | None] = [None] * len(self._entries)
+        self.sample_bytes = (sequence_tokens + 1) * np.dtype(manifest.dtype).itemsize
+        self.facts = DatasetFacts(
+            kind="tokens", vocabulary_size=manifest.tokenizer.vocabulary_size, sequence_tokens=sequence_tokens
+        )
+
+    def gather(self, sample_ids: SampleIds) -> tuple[Fields, Hashes]:
+        """`tokens` (n, T + 1) in the stored dtype, and the xxh3-64 of each sample's bytes (n,)."""
+        _check_range(sample_ids, self.samples)
+        tokens = self._shard(0).gather(sample_ids) if len(self._shards) == 1 else self._gather_shards(sample_ids)
+        size = self.sample_bytes
+        with tokens.data.cast("B") as view:
+            hashes = [xxhash.xxh3_64_intdigest(view[at : at + size]) for at in range(0, len(view), size)]
+        return {"tokens": tokens}, np.array(hashes, dtype=np.uint64)
+
+    def _gather_shards(self, sample_ids: SampleIds) -> npt.NDArray[Any]:
+        shard_of = np.searchsorted(self._ends, sample_ids, side="right")
+        by_shard = np.argsort(shard_of, kind="stable")
+        touched, starts = np.unique(shard_of[by_shard], return_index=True)
+        tokens = np.empty((len(sample_ids), self._sequence_tokens + 1), dtype=self._dtype)
+        for number, slots in zip(touched.tolist(), np.split(by_shard, starts[1:]), strict=True):
+            shard = self._shard(number)
+            tokens[slots] = shard.gather(sample_ids[slots] - (self._ends[number] - shard.samples))
+        return tokens
+
+    def _shard(self, number: int) -> TokenShard:
+        shard = self._shards[number]
+        if shard is None:
+            shard = TokenShard(self.directory, self._entries[number], self._dtype, self._sequence_tokens)
+            self._shards[number] = shard
+        return shard
+
+
+class ImageDataset:
+    """Images of one split, decoded with Pillow to one size and number of channels."""
+
+    def __init__(self, directory: Path, manifest: Manifest, split: Split, config: DataConfig) -> None:
+        assert manifest.images is not None
+        self.directory = directory
+        self.fingerprint = manifest.fingerprint
+        self._entries = manifest.splits[split].shards
+        for entry in self._entries:
+            check_file(directory, entry.data)
+        self._ends = np.cumsum([entry.documents for entry in self._entries], dtype=np.int64)
+        self.samples = int(self._ends[-1])
+        self._shards: list[ImageShard | None] = [None] * len(self._entries)
+        channels, size = _image_shape(directory, manifest.images, config)
+        self._mode = "L" if channels == 1 else "RGB"
+        self._size = size
+        self.sample_bytes = channels * size * size
+        self.facts = DatasetFacts(
+            kind="images",
+            classes=len(manifest.images.class_names),
+            class_names=manifest.images.class_names,
+            channels=channels,
+            image_size_pixels=size,
+        )
+
+    def gather(self, sample_ids: SampleIds) -> tuple[Fields, Hashes]:
+        """`images` uint8 (n, C, H, W), `labels` int64 (n,), and the hash (n,) of each sample's bytes and label."""
+        _check_range(sample_ids, self.samples)
+        count, size, channels = len(sample_ids), self._size, len(self._mode)
+        images = np.empty((count, size, size, channels), dtype=np.uint8)
+        labels = np.empty(count, dtype=np.int64)
+        hashes = np.empty(count, dtype=np.uint64)
+        for slot, number in enumerate(np.searchsorted(self._ends, sample_ids, side="right").tolist()):
+            shard = self._shard(number)
+            row = int(sample_ids[slot] - (self._ends[number] - shard.rows))
+            encoded, labels[slot] = shard.read(row)
+            # The label is the seed, so that an altered label changes the hash too.
+            hashes[slot] = xxhash.xxh3_64_intdigest(encoded, seed=int(labels[slot]))
+            images[slot] = self._decode(encoded, int(sample_ids[slot])).reshape(size, size, channels)
+        # (n, H, W, C) -> (n, C, H, W)
+        return {"images": np.ascontiguousarray(images.transpose(0, 3, 1, 2)), "labels": labels}, hashes
+
+    def _decode(self, encoded: memoryview, sample_id: int) -> npt.NDArray[np.uint8]:
+        try:
+            with Image.open(io.BytesIO(encoded)) as stored:
+                image = stored.convert(self._mode)
+        except OSError as error:
+            raise CorruptData(f"{self.directory}: image {sample_id} cannot be decoded ({error}); {RESTORE}") from None
+        if image.size != (self._size, self._size):
+            image = image.resize((self._size, self._size), Image.Resampling.BILINEAR)
+        return np.asarray(image)
+
+    def _shard(self, number: int) -> ImageShard:
+        shard = self._shards[number]
+        if shard is None:
+            shard = self._shards[number] = ImageShard(self.directory, self._entries[number])
+        return shard
+
+
+def _check_range(sample_ids: SampleIds, samples: int) -> None:
+    if sample_ids.size and not (sample_ids.min() >= 0 and sample_ids.max() < samples):
+        raise IndexError(f"sample ids reach from {sample_ids.min()} to {sample_ids.max()}; there are {samples} samples")
+
+
+def _image_shape(directory: Path, entry: ImagesEntry, config: DataConfig) -> tuple[int, int]:
+    """Channels and side in pixels, from the recipe or, where it leaves them open, as stored."""
+    channels = config.image_channels or entry.channels
+    if channels is None:
+        raise ValueError(f"{directory}: grey and colour images are mixed; set data.image_channels to 1 or 3")
+    if config.image_size_pixels is not None:
+        return channels, config.image_size_pixels
+    if entry.height_pixels is None or entry.height_pixels != entry.width_pixels:
+        raise ValueError(f"{directory}: images are not squares of one size as stored; set data.image_size_pixels")
+    return channels, entry.height_pixels
+
+
+def open_dataset(directory: Path, config: DataConfig, split: Split) -> TokenDataset | ImageDataset:
+    """Open one split of a prepared dataset.
+
+    ValueError (CorruptData where the stored bytes are at fault): not a dataset, of a newer format, damaged, too short
+    for `config.sequence_tokens`, or of images whose shape the recipe leaves open.
+    """
+    manifest = read_manifest(directory)
+    if manifest.kind == "tokens":
+        return TokenDataset(directory, manifest, split, config.sequence_tokens)
+    return ImageDataset(directory, manifest, split, config)

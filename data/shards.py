@@ -1,0 +1,292 @@
+"""Shards: how they are written, and how they are read with every block checked the first time it is touched.
+
+Tokens lie in a headerless little-endian `.bin`, cut at document ends, with the documents' ends in a `.docs` beside it.
+Images lie in an Arrow IPC file (`image: binary`, `label: int64`) that holds the bytes as the source encoded them.
+"""
+
+import hashlib
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+
+from data.errors import CorruptData
+from data.manifest import BLOCK_BYTES, RESTORE, FileEntry, ShardEntry, check_file
+
+IMAGE_SCHEMA = pa.schema(
+    [pa.field("image", pa.binary(), nullable=False), pa.field("label", pa.int64(), nullable=False)]
+)
+ROWS_PER_BATCH = 256
+
+
+class HashingFile:
+    """A file written once from start to end, hashed on the way. Enough of a file object for Arrow to write to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("wb")
+        self._sha256 = hashlib.sha256()
+        self._block = xxhash.xxh3_64()
+        self._blocks: list[str] = []
+        self._bytes = 0
+
+    def write(self, data: Any) -> int:
+        """Append the bytes of any buffer; OSError as the file system raises it."""
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        self._sha256.update(view)
+        start = 0
+        while start < len(view):
+            part = view[start : start + BLOCK_BYTES - self._bytes % BLOCK_BYTES]
+            self._block.update(part)
+            self._bytes += len(part)
+            start += len(part)
+            if self._bytes % BLOCK_BYTES == 0:
+                self._end_block()
+        return len(view)
+
+    def _end_block(self) -> None:
+        self._blocks.append(self._block.hexdigest())
+        self._block.reset()
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._bytes
+
+    def flush(self) -> None:
+        """Hand what is buffered to the operating system."""
+        self._file.flush()
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
+    def close(self) -> None:
+        """Close without finishing: the file is given up."""
+        self._file.close()
+
+    def finish(self) -> FileEntry:
+        """Sync to disk, close, and say what was written."""
+        if self._bytes % BLOCK_BYTES:
+            self._end_block()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileEntry(
+            name=self.path.name, bytes=self._bytes, sha256=self._sha256.hexdigest(), blocks=tuple(self._blocks)
+        )
+
+
+class TokenShardWriter:
+    """Writes one token shard, document by document."""
+
+    def __init__(self, stem: Path, dtype: npt.DTypeLike) -> None:
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._data = HashingFile(stem.with_name(stem.name + ".bin"))
+        self._stem = stem
+        self._ends: list[int] = []
+        self._tokens = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of tokens so far."""
+        return self._tokens * self._dtype.itemsize
+
+    def add(self, tokens: npt.NDArray[Any], end_of_document: int) -> None:
+        """Append one document and the token that ends it."""
+        self._data.write(np.append(tokens, end_of_document).astype(self._dtype))
+        self._tokens += len(tokens) + 1
+        self._ends.append(self._tokens)
+
+    def finish(self) -> ShardEntry:
+        """Write the document ends and close."""
+        docs = HashingFile(self._stem.with_name(self._stem.name + ".docs"))
+        docs.write(np.array(self._ends, dtype="<u8"))
+        return ShardEntry(documents=len(self._ends), tokens=self._tokens, data=self._data.finish(), docs=docs.finish())
+
+    def close(self) -> None:
+        """Give the shard up."""
+        self._data.close()
+
+
+class ImageShardWriter:
+    """Writes one image shard, image by image, in record batches of at most 256 rows."""
+
+    def __init__(self, stem: Path) -> None:
+        self._file = HashingFile(stem.with_name(stem.name + ".arrow"))
+        self._writer = pa.ipc.new_file(self._file, IMAGE_SCHEMA)
+        self._images: list[bytes] = []
+        self._labels: list[int] = []
+        # Arrow writes its magic number, padded to 8 bytes, and the schema only with the first batch.
+        self._offsets = [8 + IMAGE_SCHEMA.serialize().size]
+        self._rows = 0
+        self.bytes = 0
+
+    def add(self, image: bytes, label: int) -> None:
+        """Append one encoded image."""
+        self._images.append(image)
+        self._labels.append(label)
+        self._rows += 1
+        self.bytes += len(image)
+        if len(self._images) == ROWS_PER_BATCH:
+            self._write_batch()
+
+    def _write_batch(self) -> None:
+        columns = [pa.array(self._images, pa.binary()), pa.array(self._labels, pa.int64())]
+        self._writer.write_batch(pa.record_batch(columns, schema=IMAGE_SCHEMA))
+        self._offsets.append(self._file.tell())
+        self._images, self._labels = [], []
+
+    def finish(self) -> ShardEntry:
+        """Write the last batch and Arrow's footer, and close."""
+        if self._images:
+            self._write_batch()
+        self._writer.close()
+        return ShardEntry(documents=self._rows, data=self._file.finish(), batch_offsets=tuple(self._offsets))
+
+    def close(self) -> None:
+        """Give the shard up."""
+        self._file.close()
+
+
+class CheckedFile:
+    """A memory-mapped file whose blocks are hashed the first time they are asked for."""
+
+    def __init__(self, directory: Path, entry: FileEntry) -> None:
+        self.path = check_file(directory, entry)
+        with self.path.open("rb") as file:
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if len(self.map) != entry.bytes:  # grown or cut since its size was checked
+            raise CorruptData(f"{self.path}: {len(self.map)} bytes instead of {entry.bytes}; {RESTORE}")
+        self._entry = entry
+        self._unchecked = np.ones(len(entry.blocks), dtype=np.bool_)
+        self.checked = False
+
+    def check(self, start: int, stop: int) -> None:
+        """Make sure that the blocks holding bytes [start, stop) are as prepared; CorruptData if not."""
+        assert 0 <= start <= stop <= self._entry.bytes
+        self.check_blocks(np.arange(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)))
+
+    def check_blocks(self, blocks: npt.NDArray[np.int64]) -> None:
+        """Make sure that these blocks, repeats allowed, are as prepared; CorruptData if not."""
+        if self.checked:
+            return
+        for block in np.unique(blocks[self._unchecked[blocks]]).tolist():
+            start = block * BLOCK_BYTES
+            stop = min(start + BLOCK_BYTES, self._entry.bytes)
+            with memoryview(self.map) as view, view[start:stop] as part:
+                found = xxhash.xxh3_64_hexdigest(part)
+            if found != self._entry.blocks[block]:
+                raise CorruptData(f"{self.path}: block {block} (bytes {start} to {stop - 1}) was altered; {RESTORE}")
+            self._unchecked[block] = False
+        self.checked = not self._unchecked.any()
+
+    def check_all(self) -> None:
+        """Check every block."""
+        self.check(0, self._entry.bytes)
+
+
+class TokenShard:
+    """One token shard, cut into samples of `sequence_tokens` inputs and the target after the last."""
+
+    def __init__(self, directory: Path, entry: ShardEntry, dtype: str, sequence_tokens: int) -> None:
+        assert entry.tokens is not None
+        assert entry.docs is not None
+        self._data = CheckedFile(directory, entry.data)
+        stored = np.dtype(dtype).newbyteorder("<")
+        tokens: npt.NDArray[Any] = np.frombuffer(self._data.map, dtype=stored)
+        self.samples = samples_of(entry.tokens, sequence_tokens)
+        self._stride_bytes = sequence_tokens * stored.itemsize
+        self._row_bytes = (sequence_tokens + 1) * stored.itemsize
+        # (samples, T + 1): row i holds tokens [iT, iT + T], so that each row's last token is the next one's first.
+        self._rows = np.lib.stride_tricks.as_strided(
+            tokens, (self.samples, sequence_tokens + 1), (self._stride_bytes, stored.itemsize), writeable=False
+        )
+        self.document_ends = _read_document_ends(directory, entry)
+
+    def gather(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Copy samples (n,) out of the map: (n, T + 1)."""
+        if not self._data.checked:
+            first = rows * self._stride_bytes
+            last = (first + self._row_bytes - 1) // BLOCK_BYTES
+            first //= BLOCK_BYTES
+            for step in range(int((last - first).max()) + 1):  # a sample may span several blocks
+                self._data.check_blocks(np.minimum(first + step, last))
+        return self._rows[rows]
+
+
+def samples_of(tokens: int, sequence_tokens: int) -> int:
+    """How many samples a shard of so many tokens holds."""
+    return (tokens - 1) // sequence_tokens
+
+
+def _read_document_ends(directory: Path, entry: ShardEntry) -> npt.NDArray[np.uint64]:
+    assert entry.docs is not None
+    docs = CheckedFile(directory, entry.docs)
+    docs.check_all()
+    ends: npt.NDArray[np.uint64] = np.frombuffer(docs.map, dtype="<u8")
+    if ends[-1] != entry.tokens or (ends[1:] <= ends[:-1]).any() or ends[0] == 0:
+        raise CorruptData(f"{docs.path}: document ends do not rise to the shard's {entry.tokens} tokens; {RESTORE}")
+    return ends
+
+
+class ImageShard:
+    """One image shard. Arrow parses nothing that has not been checked before."""
+
+    def __init__(self, directory: Path, entry: ShardEntry) -> None:
+        assert entry.batch_offsets is not None
+        self.rows = entry.documents
+        self._offsets = entry.batch_offsets
+        self._file = CheckedFile(directory, entry.data)
+        self._file.check(0, self._offsets[0])
+        self._file.check(self._offsets[-1], entry.data.bytes)
+        self._buffer = pa.py_buffer(self._file.map)
+        try:
+            self._reader = pa.ipc.open_file(self._buffer)
+        except pa.ArrowInvalid as error:
+            raise CorruptData(f"{self._file.path}: not an Arrow file ({_one_line(error)}); {RESTORE}") from None
+        if self._reader.schema != IMAGE_SCHEMA or self._reader.num_record_batches != len(self._offsets) - 1:
+            raise CorruptData(f"{self._file.path}: not the columns and batches of an image shard; {RESTORE}")
+        self._batches: dict[int, tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], memoryview, int]] = {}
+
+    def read(self, row: int) -> tuple[memoryview, int]:
+        """The encoded bytes and the label of a row."""
+        number, index = divmod(row, ROWS_PER_BATCH)
+        ends, labels, data, data_start = self._batches.get(number) or self._open_batch(number)
+        start, stop = int(ends[index]), int(ends[index + 1])
+        self._file.check(data_start + start, data_start + stop)
+        return data[start:stop], int(labels[index])
+
+    def _open_batch(self, number: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], memoryview, int]:
+        """Check and parse a batch's header, offsets and labels; the images are checked as they are read."""
+        start, stop = self._offsets[number], self._offsets[number + 1]
+        self._file.check(start, min(start + 8, stop))
+        # Arrow's encapsulated message: a continuation marker, the length of the header (int32 each), the header.
+        header_bytes = int.from_bytes(self._buffer[start + 4 : start + 8].to_pybytes(), "little")
+        self._file.check(start, min(start + 8 + header_bytes, stop))
+        batch = self._reader.get_batch(number)
+        rows = min(ROWS_PER_BATCH, self.rows - number * ROWS_PER_BATCH)
+        _, ends_buffer, data_buffer = batch.column(0).buffers()
+        labels_buffer = batch.column(1).buffers()[1]
+        places = [buffer.address - self._buffer.address for buffer in (ends_buffer, labels_buffer, data_buffer)]
+        sizes = [(rows + 1) * 4, rows * 8, data_buffer.size]
+        inside = all(start <= at and at + size <= stop for at, size in zip(places, sizes, strict=True))
+        if batch.num_rows != rows or not inside or ends_buffer.size < sizes[0] or labels_buffer.size < sizes[1]:
+            raise CorruptData(f"{self._file.path}: record batch {number} is not laid out as prepared; {RESTORE}")
+        for place, size in zip(places[:2], sizes[:2], strict=True):
+            self._file.check(place, place + size)
+        ends = np.frombuffer(ends_buffer, dtype="<i4", count=rows + 1)
+        if ends[0] != 0 or (ends[1:] < ends[:-1]).any() or ends[-1] > data_buffer.size:
+            raise CorruptData(f"{self._file.path}: record batch {number} has impossible offsets; {RESTORE}")
+        labels = np.frombuffer(labels_buffer, dtype="<i8", count=rows)
+        self._batches[number] = (ends, labels, memoryview(data_buffer), places[2])
+        return self._batches[number]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
