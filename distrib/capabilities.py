@@ -1,0 +1,62 @@
+"""What each engine can do, in one table: the check before a run and the text a user reads come from here. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from distrib.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """The values of the `parallel` section that an engine accepts."""
+
+    zero_stages: frozenset[int]
+    precisions: frozenset[str]
+    activation_checkpointing: frozenset[str]
+    offload: frozenset[str]
+    compile: bool
+    hybrid: bool
+
+
+ENGINES: dict[str, Capabilities] = {
+    "native": Capabilities(
+        zero_stages=frozenset({0}),
+        precisions=frozenset({"fp32", "bf16"}),
+        activation_checkpointing=frozenset({"none"}),
+        offload=frozenset({"none"}),
+        compile=False,
+        hybrid=False,
+    ),
+}
+
+# One row per option: the key, how to read what was asked for, and whether an engine can do it.
+_OPTIONS: tuple[tuple[str, Callable[[ParallelConfig], object], Callable[[Capabilities, ParallelConfig], bool]], ...] = (
+    ("zero_stage", lambda p: p.zero_stage, lambda c, p: p.zero_stage in c.zero_stages),
+    ("precision", lambda p: p.precision, lambda c, p: p.precision in c.precisions),
+    (
+        "activation_checkpointing",
+        lambda p: p.activation_checkpointing,
+        lambda c, p: p.activation_checkpointing in c.activation_checkpointing,
+    ),
+    ("offload", lambda p: p.offload, lambda c, p: p.offload in c.offload),
+    ("compile", lambda p: str(p.compile).lower(), lambda c, p: c.compile or not p.compile),
+    ("replicas", lambda p: p.replicas, lambda c, p: c.hybrid or p.replicas is None),
+)
+
+
+def refuse_unsupported(parallel: ParallelConfig) -> None:
+    """Raises ValueError, in one line, for the first option that the chosen engine cannot do, naming the engines that can."""
+    if parallel.engine not in ENGINES:
+        raise ValueError(
+            f"parallel.engine={parallel.engine} is not available in this version; available: {', '.join(ENGINES)}"
+        )
+    chosen = ENGINES[parallel.engine]
+    for key, asked, able in _OPTIONS:
+        if not able(chosen, parallel):
+            others = [name for name, capabilities in ENGINES.items() if able(capabilities, parallel)]
+            way_out = f"engines that can: {', '.join(others)}" if others else "no engine of this version can"
+            raise ValueError(
+                f"parallel.{key}={asked(parallel)} is not supported by parallel.engine={parallel.engine}; {way_out}"
+            )

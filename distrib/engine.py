@@ -1,0 +1,86 @@
+"""The contract between the loop and whatever runs a step: all that the loop knows of parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class LossSum(Protocol):
+    """What a task returns for a micro-batch: the sum of its losses (scalar, with gradient)."""
+
+    total: torch.Tensor
+
+
+class MicroBatch(Protocol):
+    """What one forward pass takes."""
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]: ...
+    @property
+    def first_position(self) -> int: ...
+    @property
+    def weight(self) -> float:
+        """1.0, or 0.0 for a filler that only keeps this rank's collectives matched with the others'."""
+        ...
+
+
+LossFunction = Callable[[nn.Module, Mapping[str, torch.Tensor]], LossSum]
+EvaluationFunction = Callable[[nn.Module, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A committed step. The tensors live on the device and are read a step late, so that the step never waits on the host."""
+
+    loss_sum: torch.Tensor
+    """Scalar float64: the sum of this rank's losses, in nats."""
+    gradient_norm: torch.Tensor
+    """Scalar float32: the global L2 norm before clipping, the same on every rank."""
+    skipped: torch.Tensor
+    """Scalar float32: 1.0 where the gradient was not finite and weights and optimizer stayed as they were."""
+    learning_rate: float
+
+
+@dataclass
+class CanonicalState:
+    """The engine-free form of everything a step advances: full names, live tensors, and scalars that fit JSON."""
+
+    tensors: dict[str, torch.Tensor]
+    """`model.{name}` for parameters and buffers, `optimizer.{state}.{name}` for the optimizer's state."""
+    scalars: dict[str, Any]
+
+
+class Engine(Protocol):
+    """Runs steps. Built from functions that make the model and the optimizer, in the order that its sharding needs."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The model without any wrapper."""
+        ...
+
+    @property
+    def steps_done(self) -> int: ...
+
+    def dry_run(self, micro_batch: MicroBatch) -> None:
+        """Forward, backward and communication of one micro-batch, with nothing kept: memory and compile errors come before
+        step 1, and every attempt starts with the same communication buckets."""
+        ...
+
+    def step(self, micro_batches: Sequence[MicroBatch], items: int) -> StepResult:
+        """Takes one optimizer step on this rank's micro-batches. `items` counts the whole global batch, over all ranks."""
+        ...
+
+    def evaluate(self, function: EvaluationFunction, micro_batches: Iterable[MicroBatch]) -> dict[str, torch.Tensor]:
+        """Sums of `function` over all micro-batches and ranks, with the model in evaluation mode; disturbs nothing."""
+        ...
+
+    def canonical_state(self) -> CanonicalState: ...
+
+    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
+        """Takes over the scalars of a checkpoint whose tensors were read into `canonical_state().tensors` in place."""
+        ...

@@ -1,0 +1,51 @@
+"""Initial values as a function of (seed, parameter name, shape), the same under every engine, device and world size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from distrib.keys import key64
+
+
+def make_initialised_model(make_model: Callable[[], nn.Module], seed: int, device: torch.device) -> nn.Module:
+    """Builds a model on `device` with its initial values.
+
+    A model that offers `initialise_parameter(name, parameter, generator)` and `initialise_buffers()` is built on the meta
+    device first, so its weights exist once. Any other module is built on the CPU and initialised by its submodules' own
+    `reset_parameters`, each under a random state of its own.
+    """
+    with torch.device("meta"):
+        model = make_model()
+    if hasattr(model, "initialise_parameter"):
+        model.to_empty(device=device)
+        _initialise_by_name(model, seed)
+        return model
+    return _build_and_reset(make_model, seed).to(device)
+
+
+def parameter_generator(seed: int, name: str, shape: torch.Size) -> torch.Generator:
+    """The CPU generator from which the parameter called `name` draws its initial values."""
+    return torch.Generator().manual_seed(key64("parameter", seed, name, list(shape)))
+
+
+def _initialise_by_name(model: Any, seed: int) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            model.initialise_parameter(name, parameter, parameter_generator(seed, name, parameter.shape))
+        model.initialise_buffers()
+
+
+def _build_and_reset(make_model: Callable[[], nn.Module], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key64("construction", seed))
+        model = make_model()
+        for name, module in model.named_modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                torch.manual_seed(key64("module", seed, name))
+                reset()
+    return model

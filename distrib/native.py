@@ -1,0 +1,168 @@
+"""The native engine: plain PyTorch at world 1, replicated parameters (DDP) over more ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distrib.config import OptimizerConfig, ScheduleConfig
+from distrib.engine import CanonicalState, EvaluationFunction, LossFunction, MicroBatch, StepResult
+from distrib.keys import key64
+from distrib.model_state import model_tensors
+from distrib.optimizer import make_optimizer, optimizer_tensors, set_updates_done, updates_done
+from distrib.schedule import learning_rate
+from distrib.world import World
+
+
+class NativeEngine:
+    """An `Engine` whose every rank holds the whole model and optimizer, and averages nothing but sums gradients."""
+
+    def __init__(
+        self,
+        make_model: Callable[[], nn.Module],
+        loss: LossFunction,
+        *,
+        world: World,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        steps: int,
+        seed: int,
+        precision: str,
+    ) -> None:
+        self.world = world
+        self._loss = loss
+        self._schedule = schedule
+        self._peak_lr = optimizer.lr
+        self._clip_norm = optimizer.clip_norm
+        self._steps = steps
+        self._seed = seed
+        self._autocast_dtype = torch.bfloat16 if precision == "bf16" else None
+        self._module = make_model()
+        self._parameters = [p for p in self._module.parameters() if p.requires_grad]
+        self._replicated: nn.Module = self._module
+        if world.size > 1:
+            # A convolution with one input channel has two equal descriptions of its strides; DDP warns that they differ.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+            # Buffers are not broadcast: a step must not depend on rank 0's running statistics.
+            self._replicated = DistributedDataParallel(
+                self._module, process_group=world.data_group, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+        self._optimizer = make_optimizer(optimizer, self._module.named_parameters())
+        self._optimizer_kind = optimizer.kind
+        self.steps_done = 0
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module
+
+    def dry_run(self, micro_batch: MicroBatch) -> None:
+        buffers = [buffer.clone() for buffer in self._module.buffers()]
+        # DDP lays its buckets out anew after the first backward of an attempt, which changes the order of summation: that
+        # must happen here, or a resumed run would not repeat the bytes.
+        self._forward_backward(micro_batch, scale=0.0)
+        self._optimizer.zero_grad()
+        with torch.no_grad():
+            for buffer, before in zip(self._module.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+
+    def step(self, micro_batches: Sequence[MicroBatch], items: int) -> StepResult:
+        # The sum of losses over the global batch, divided by its items (law 2): DDP averages over ranks, so multiply by
+        # their number first.
+        scale = self.world.data_size / items
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for micro_batch in micro_batches[:-1]:
+            with self._without_communication():
+                loss_sum += self._forward_backward(micro_batch, scale)
+        loss_sum += self._forward_backward(micro_batches[-1], scale)
+        norm, skipped = self._clip()
+        lr = learning_rate(self._schedule, self._peak_lr, self.steps_done, self._steps)
+        self._update(lr, skipped)
+        self.steps_done += 1
+        return StepResult(loss_sum, norm, skipped, lr)
+
+    def evaluate(self, function: EvaluationFunction, micro_batches: Iterable[MicroBatch]) -> dict[str, torch.Tensor]:
+        sums: dict[str, torch.Tensor] = {}
+        self._module.eval()
+        try:
+            with torch.no_grad(), self._autocast():
+                for micro_batch in micro_batches:
+                    for name, value in function(self._module, self._to_device(micro_batch)).items():
+                        # A filler repeats a sample of another rank: it must not count, not even as NaN.
+                        counted = value if micro_batch.weight else torch.zeros_like(value)
+                        sums[name] = sums[name] + counted if name in sums else counted
+        finally:
+            self._module.train()
+        if self.world.size > 1:
+            for name in sorted(sums):
+                dist.all_reduce(sums[name], group=self.world.data_group)
+        return sums
+
+    def canonical_state(self) -> CanonicalState:
+        named = list(self._module.named_parameters())
+        tensors = model_tensors(self._module)
+        optimizer = optimizer_tensors(self._optimizer, named)
+        tensors.update({f"optimizer.{name}": tensor for name, tensor in optimizer.items()})
+        scalars = {
+            "steps_done": self.steps_done,
+            "optimizer_kind": self._optimizer_kind,
+            "optimizer_updates": updates_done(self._optimizer),
+        }
+        return CanonicalState(tensors, scalars)
+
+    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
+        self.steps_done = int(scalars["steps_done"])
+        set_updates_done(self._optimizer, int(scalars["optimizer_updates"]))
+
+    def _forward_backward(self, micro_batch: MicroBatch, scale: float) -> torch.Tensor:
+        """Adds the micro-batch's gradient, times `scale`; returns the sum of its losses, detached, float64."""
+        self._reseed(micro_batch.first_position)
+        with self._autocast():
+            total = self._loss(self._replicated, self._to_device(micro_batch)).total
+        (total * (scale * micro_batch.weight)).backward()
+        return total.detach().double() * micro_batch.weight
+
+    def _clip(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clips to the global norm; returns (norm before clipping, 1.0 if it is not finite), both on the device."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if self._clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm, foreach=True)
+        return norm, 1.0 - torch.isfinite(norm).float()
+
+    def _update(self, lr: float, skipped: torch.Tensor) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        # The fused kernels leave weights, state and update count alone where `found_inf` is 1: a skip without a host sync.
+        self._optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def _reseed(self, first_position: int) -> None:
+        # Stateless randomness (law 4). 63 bits: what every generator takes.
+        seed = key64("forward", self._seed, self.steps_done, first_position) >> 1
+        torch.default_generator.manual_seed(seed)
+        if self.world.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def _to_device(self, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
+        device = self.world.device
+        if device.type == "cpu":
+            return dict(micro_batch.tensors)
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.tensors.items()}
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.world.device.type, dtype=self._autocast_dtype)
+
+    def _without_communication(self) -> contextlib.AbstractContextManager[Any]:
+        if isinstance(self._replicated, DistributedDataParallel):
+            return self._replicated.no_sync()
+        return contextlib.nullcontext()

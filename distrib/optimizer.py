@@ -1,0 +1,80 @@
+"""Optimizers with weight-decay groups, and their state under the names of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from distrib.config import OptimizerConfig
+
+# The tensors that an optimizer keeps for each parameter, in the canonical form of a checkpoint.
+STATE_TENSORS: dict[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+
+
+def make_optimizer(
+    config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) or SGD, fused, with two groups: tensors of two or
+    more axes are decayed, the others (biases, norm weights) are not. The state of every parameter exists on return, so that
+    running out of memory shows before the first step.
+    """
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    for _, parameter in named_parameters:
+        if parameter.requires_grad:
+            (decayed if parameter.ndim >= 2 else undecayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizer: torch.optim.Optimizer
+    if config.kind == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.epsilon, fused=True)
+    else:
+        optimizer = torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
+        )
+    _materialise_state(optimizer, config)
+    return optimizer
+
+
+def _materialise_state(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
+    # Zeros are what AdamW starts from, and a zero momentum buffer gives SGD's first step (0 * momentum + gradient).
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if config.kind == "adamw":
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            if config.kind == "adamw" or config.momentum > 0:
+                for name in STATE_TENSORS[config.kind]:
+                    state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]]
+) -> dict[str, torch.Tensor]:
+    """`{state}.{parameter name}` -> tensor, for every state tensor but the update count."""
+    return {
+        f"{state}.{name}": tensor
+        for name, parameter in named_parameters
+        for state, tensor in optimizer.state.get(parameter, {}).items()
+        if state != "step"
+    }
+
+
+def updates_done(optimizer: torch.optim.Optimizer) -> int:
+    """Updates made so far, skipped steps apart: what AdamW's bias correction counts. 0 for an optimizer that does not count."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            return int(state["step"].item())
+    return 0
+
+
+def set_updates_done(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Sets what `updates_done` reads, for every parameter."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(float(updates))

@@ -1,0 +1,81 @@
+"""The few numbers of a step that every rank must agree on, summed in one collective and read one step late."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distrib.engine import StepResult
+from distrib.world import World
+
+_LIMBS = 4
+_LIMB_BITS = 16
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A committed step as the host sees it, the same on every rank."""
+
+    loss_sum: float
+    """Sum of losses over the global batch, in nats."""
+    fold: int
+    """Wrapping 64-bit sum of the folds of all samples that went through forward."""
+    stop_requested: bool
+    """Whether any rank was asked to stop."""
+    data_wait_seconds: float
+    """Mean over ranks of the time that the step waited for its batch."""
+    gradient_norm: float
+    skipped: bool
+    learning_rate: float
+
+
+class PendingReport:
+    """A report on its way; `read` waits for it."""
+
+    def __init__(self, vector: torch.Tensor, work: Any | None, learning_rate: float, ranks: int) -> None:
+        self._vector = vector
+        self._work = work
+        self._learning_rate = learning_rate
+        self._ranks = ranks
+
+    def read(self) -> StepReport:
+        if self._work is not None:
+            self._work.wait()
+        loss_sum, norm, skipped, stop, data_wait, *limbs = self._vector.tolist()
+        return StepReport(
+            loss_sum=loss_sum,
+            fold=sum(int(limb) << (_LIMB_BITS * i) for i, limb in enumerate(limbs)) & (2**64 - 1),
+            stop_requested=stop > 0,
+            data_wait_seconds=data_wait / self._ranks,
+            gradient_norm=norm,
+            skipped=skipped > 0,
+            learning_rate=self._learning_rate,
+        )
+
+
+def report_step(
+    result: StepResult, *, fold: int, stop_requested: bool, data_wait_seconds: float, world: World
+) -> PendingReport:
+    """Starts summing a step's numbers over the ranks; returns at once.
+
+    The 64-bit fold travels as four 16-bit limbs in float64, whose sums over up to 2**37 ranks are exact. Norm and skip are
+    the same on every rank already, so rank 0's alone are sent.
+    """
+    fold &= 2**64 - 1
+    host = [float(stop_requested), data_wait_seconds]
+    host += [float((fold >> (_LIMB_BITS * i)) & (2**_LIMB_BITS - 1)) for i in range(_LIMBS)]
+    speaks = 1.0 if world.data_rank == 0 else 0.0
+    device = result.loss_sum.device
+    agreed = torch.stack([result.gradient_norm, result.skipped]).double() if speaks else _zeros(device)
+    vector = torch.cat([result.loss_sum.reshape(1), agreed, torch.tensor(host, dtype=torch.float64).to(device)])
+    work = None
+    if world.size > 1:
+        work = dist.all_reduce(vector, group=world.data_group, async_op=True)
+    return PendingReport(vector, work, result.learning_rate, world.data_size)
+
+
+def _zeros(device: torch.device) -> torch.Tensor:
+    return torch.zeros(2, dtype=torch.float64, device=device)

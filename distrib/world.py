@@ -1,0 +1,127 @@
+"""Who takes part in a run: ranks, devices and process groups, as the launcher set them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place in the run. At size 1 there is no process group at all."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    mesh: DeviceMesh | None
+    """Axes (replicate, shard); None at size 1."""
+    host_group: Any | None
+    """A gloo group for host-side exchanges of the main thread (checkpoints, agreement)."""
+    prefetch_group: Any | None
+    """A gloo group of the prefetch thread's own: two threads must never share a group."""
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of the global batch this rank reads: its place on the mesh's data axes."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank("replicate")
+
+    @property
+    def data_size(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size(0)
+
+    @property
+    def data_group(self) -> Any | None:
+        return None if self.mesh is None else self.mesh.get_group("replicate")
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def sum_in_prefetch_thread(self, values: list[int]) -> list[int]:
+        """Element-wise sum over the data ranks; for the prefetch thread only."""
+        total = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(total, group=self.prefetch_group)
+        return [int(value) for value in total.tolist()]
+
+
+def join_world(device_kind: str = "auto", timeout_seconds: float = 600.0) -> World:
+    """Joins the run that the launcher's variables describe (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT);
+    without any of them this process is the whole run. `device_kind`: auto, cpu or cuda.
+
+    Raises ValueError for half-set variables and for a device that is not there.
+    """
+    rank, size, local_rank = _read_launcher_variables()
+    device = _choose_device(device_kind, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        return World(0, 1, 0, device, None, None, None)
+    timeout = timedelta(seconds=timeout_seconds)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    mesh = init_device_mesh(device.type, (size, 1), mesh_dim_names=("replicate", "shard"))
+    host_group = dist.new_group(backend="gloo", timeout=timeout)
+    prefetch_group = dist.new_group(backend="gloo", timeout=timeout)
+    return World(rank, size, local_rank, device, mesh, host_group, prefetch_group)
+
+
+def single_process_world(device_kind: str = "auto") -> World:
+    """This process alone, whatever a launcher set."""
+    return World(0, 1, 0, _choose_device(device_kind, 0), None, None, None)
+
+
+def leave_world(world: World) -> None:
+    """Leaves in step with the others: without the barrier gloo aborts at teardown about half the time."""
+    if world.size > 1:
+        dist.barrier(group=world.host_group)
+        dist.destroy_process_group()
+
+
+def _read_launcher_variables() -> tuple[int, int, int]:
+    present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
+    if "RANK" not in present and "WORLD_SIZE" not in present:
+        return 0, 1, 0
+    missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"launcher variables are half set: {', '.join(present)} without {', '.join(missing)}; "
+            "start with torchrun or `lockstep train`, or unset them all"
+        )
+    try:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    except ValueError:
+        shown = " ".join(f"{name}={os.environ[name]!r}" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        raise ValueError(f"launcher variables must be whole numbers: {shown}") from None
+
+
+def _choose_device(kind: str, local_rank: int) -> torch.device:
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("run.device=cuda, but torch sees no GPU; use run.device=cpu or auto")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; start fewer workers"
+        )
+    return torch.device("cuda", local_rank)

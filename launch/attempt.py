@@ -1,0 +1,128 @@
+"""One attempt at a run: what it works with, and what it does at step boundaries."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from data.plan import Plan
+from data.stream import evaluation_batches
+from distrib.checkpoint import SaveFailed, save_checkpoint
+from distrib.engine import Engine
+from distrib.world import World
+from launch.config import RunConfig
+from launch.console import Progress
+from launch.exit_codes import DO_NOT_RESTART, RunEnded
+from launch.ledger import Ledger
+from launch.materials import Materials
+from launch.recipe import hash_recipe
+from launch.run_directory import RunDirectory
+from launch.stopping import StopRequest
+from launch.tracking.tracking import Tracking
+
+log = logging.getLogger("lockstep")
+
+
+@dataclass
+class Attempt:
+    """Everything an attempt works with. Parts that only rank 0 has are None on the others."""
+
+    config: RunConfig
+    world: World
+    run: RunDirectory
+    materials: Materials
+    engine: Engine
+    plan: Plan
+    ledger: Ledger
+    stop: StopRequest
+    progress: Progress | None = None
+    tracking: Tracking | None = None
+    saved_step: int | None = None
+    save_failure: str | None = None
+    evaluated_step: int | None = None
+    first_evaluation: dict[str, float] | None = None
+    last_evaluation: dict[str, float] | None = None
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches; rank 0 speaks, every rank logs."""
+        log.info("%s", text)
+        if self.progress is not None:
+            self.progress.message(text)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Writes a committed step's line, and shows it."""
+        items = record.pop("items")
+        record = {
+            "step": record.pop("step"),
+            "attempt": self.run.attempt,
+            "samples": record.pop("samples"),
+            "tokens": items if self.materials.item_name == "token" else None,
+            **record,
+        }
+        log.debug("step %d loss %.6f digest %s", record["step"], record["loss"], record["digest"])
+        if self.tracking is not None and self.progress is not None:
+            self._track(record)
+            self.progress.update(record)
+        if record["skipped"]:
+            self.say(f"step {record['step']}: skipped, its gradient is not finite; weights stay as they were")
+
+    def evaluate(self) -> None:
+        """Evaluates on the validation split, on all ranks, and records the metrics."""
+        batches = evaluation_batches(
+            self.materials.validation,
+            rank=self.world.data_rank,
+            world_size=self.world.data_size,
+            micro_samples=self.config.batch.micro_samples,
+            samples=self.config.evaluation.samples,
+        )
+        metrics = self.materials.task.summarise(self.engine.evaluate(self.materials.task.evaluate, batches))
+        self.evaluated_step = self.ledger.step
+        self.first_evaluation = self.first_evaluation or metrics
+        self.last_evaluation = metrics
+        if self.tracking is not None:
+            self._track({"step": self.ledger.step, "attempt": self.run.attempt, "evaluation": metrics})
+        self.say(f"evaluation after step {self.ledger.step}: {format_metrics(metrics)}")
+
+    def save(self) -> None:
+        """Publishes a checkpoint of the last committed step; a failure is told, and fails the run only at its end."""
+        begun = time.perf_counter()
+        try:
+            path = save_checkpoint(
+                self.run.checkpoints,
+                self.engine.canonical_state(),
+                step=self.ledger.step,
+                scalars={"ledger": self.ledger.as_scalars(), "plan": json.loads(self.plan.to_json())},
+                fields={
+                    "world": self.world.size,
+                    "engine": self.config.parallel.engine,
+                    "position": self.ledger.position,
+                    "digest": self.ledger.digest,
+                    "plan": self.plan.hash,
+                    "recipe": hash_recipe(self.config),
+                    "wandb_run_id": self.world.broadcast_object(self.run.identity["wandb_run_id"]),
+                },
+                config=self.config.checkpoint,
+                world=self.world,
+            )
+        except SaveFailed as error:
+            self.save_failure = str(error)
+            self.say(f"checkpoint of step {self.ledger.step} not saved: {error}")
+            return
+        self.saved_step, self.save_failure = self.ledger.step, None
+        log.info("saved %s in %.3f s", path, time.perf_counter() - begun)
+
+    def _track(self, record: dict[str, Any]) -> None:
+        assert self.tracking is not None
+        try:
+            self.tracking.log(record)
+        except ValueError as error:
+            # metrics.jsonl is the truth about the run: without it the run must not go on.
+            raise RunEnded(str(error), DO_NOT_RESTART) from None
+
+
+def format_metrics(metrics: dict[str, float]) -> str:
+    """`name value` pairs as a person reads them."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

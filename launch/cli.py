@@ -1,0 +1,159 @@
+"""The `lockstep` command. Imports no torch: help and a bad recipe answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.arguments import add_training_arguments, parse_with_overrides, training_command_line
+from launch.exit_codes import DO_NOT_RESTART, STOPPED_EARLY, USAGE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    arguments = parse_with_overrides(_make_parser(), argv)
+    try:
+        return arguments.run(arguments)
+    except ValueError as error:
+        print(f"lockstep: error: {error}", file=sys.stderr)
+        return _exit_code(error)
+    except KeyboardInterrupt:
+        print("lockstep: interrupted; what was finished is intact", file=sys.stderr)
+        return STOPPED_EARLY
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lockstep", description="Trains transformers and CNNs from one recipe: the same run everywhere."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a recipe", description="Trains a recipe on this machine.")
+    add_training_arguments(train)
+    train.add_argument(
+        "--workers", type=int, metavar="N", help="worker processes (default: one per GPU; without a GPU two)"
+    )
+    train.add_argument("--debug", action="store_true", help="one process, no spawning, anomaly detection, five steps")
+    train.set_defaults(run=_train)
+
+    prepare = commands.add_parser("prepare", help="turn a source into a dataset of shards")
+    prepare.add_argument(
+        "source", help="stdlib, digits, text:PATH, jsonl:PATH#FIELD, parquet:PATH#COLUMN, images:DIR, hf:NAME"
+    )
+    prepare.add_argument("--out", type=Path, required=True, metavar="DIR", help="the dataset's directory")
+    prepare.add_argument("--tokenizer", default="bytes", metavar="bytes|bpe:SIZE|FILE|NAME")
+    prepare.add_argument("--validation-fraction", type=float, default=0.05, metavar="F")
+    prepare.set_defaults(run=_prepare)
+
+    evaluate = commands.add_parser("evaluate", help="evaluate a run's newest good checkpoint on its validation split")
+    evaluate.add_argument("run_directory", type=Path, metavar="RUN")
+    evaluate.add_argument("--checkpoint", type=Path, metavar="PATH", help="this checkpoint instead")
+    evaluate.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    evaluate.set_defaults(run=_evaluate)
+
+    generate = commands.add_parser("generate", help="continue a text with a run's language model")
+    generate.add_argument("run_directory", type=Path, metavar="RUN")
+    generate.add_argument("--prompt", help="the text to continue (default: the recipe's evaluation.prompt)")
+    generate.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens to write (default 200)")
+    generate.add_argument("--temperature", type=float, help="0: always the likeliest token (default: the recipe's)")
+    generate.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest only")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--checkpoint", type=Path, metavar="PATH", help="this checkpoint instead")
+    generate.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    generate.set_defaults(run=_generate)
+
+    report = commands.add_parser("report", help="one self-contained HTML page about one or more runs")
+    report.add_argument("run_directories", type=Path, nargs="+", metavar="RUN")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from data.prepare import prepare
+    from launch.recipe import load_recipe
+    from launch.run_directory import decide_resume
+    from launch.supervisor import default_workers, supervise
+
+    if arguments.debug:
+        return _debug(arguments)
+    config = load_recipe(arguments.recipe, arguments.overrides)
+    decide_resume(config, arguments.resume)
+    workers = arguments.workers if arguments.workers is not None else default_workers(config.run.device)
+    if workers < 1:
+        raise ValueError(f"--workers {workers}: must be at least 1")
+    prepare(config.data)
+    return supervise(training_command_line(arguments), workers)
+
+
+def _debug(arguments: argparse.Namespace) -> int:
+    from launch.recipe import load_recipe
+    from launch.run_directory import decide_resume
+    from launch.train import run_worker
+
+    config = load_recipe(arguments.recipe, [*arguments.overrides, "run.steps=5", "schedule.warmup_steps=0"])
+    import torch
+
+    torch.autograd.set_detect_anomaly(True)
+    return run_worker(config, decide_resume(config, arguments.resume), allow_change=arguments.allow_change)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from data.config import DataConfig
+    from data.prepare import prepare
+    from launch.recipe import parse_section
+
+    section = {
+        "source": arguments.source,
+        "directory": str(arguments.out),
+        "tokenizer": arguments.tokenizer,
+        "validation_fraction": arguments.validation_fraction,
+    }
+    directory = prepare(parse_section(DataConfig, section, prefix="data.", source="lockstep prepare"))
+    print(f"prepared {directory}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from launch.trained import evaluate_run
+
+    print(evaluate_run(arguments.run_directory, arguments.checkpoint, arguments.device))
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from launch.trained import generate_from_run
+
+    print(
+        generate_from_run(
+            arguments.run_directory,
+            arguments.checkpoint,
+            arguments.device,
+            prompt=arguments.prompt,
+            new_tokens=arguments.tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            seed=arguments.seed,
+        )
+    )
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from launch.report import build_report
+
+    print(build_report(arguments.run_directories, arguments.out))
+    return 0
+
+
+def _exit_code(error: ValueError) -> int:
+    from data.errors import CorruptData
+    from distrib.manifest import BadCheckpoint
+
+    return DO_NOT_RESTART if isinstance(error, CorruptData | BadCheckpoint) else USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""A whole recipe as one frozen, typed configuration, composed of the sections that each room owns. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from data.config import DataConfig
+from distrib.capabilities import refuse_unsupported
+from distrib.config import CheckpointConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from launch.tracking.config import TrackingConfig
+from models.config import ModelConfig, TaskConfig
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RunSection(_Section):
+    """The run itself."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    steps: int = Field(ge=1)
+    directory: Path | None = None
+    """Where the run is kept; null: a new numbered directory under runs/."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False
+    """Deterministic kernels, for the same bytes on a GPU; on a CPU they are deterministic anyway."""
+
+
+class BatchConfig(_Section):
+    """The batch is global: accumulation is derived from it, the number of ranks and `micro_samples`."""
+
+    global_samples: int = Field(ge=1)
+    micro_samples: int = Field(ge=1)
+    """The most samples that one rank takes through one forward pass."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> BatchConfig:
+        if self.micro_samples > self.global_samples:
+            raise ValueError(
+                f"micro_samples {self.micro_samples} is larger than global_samples {self.global_samples}; "
+                "lower micro_samples or raise global_samples"
+            )
+        return self
+
+
+class EvaluationConfig(_Section):
+    """Evaluation on the validation split: before the first step, every `every_steps`, and after the last."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    samples: int | None = Field(default=None, ge=1)
+    """How many validation samples to use; null: all."""
+    prompt: str = "\n"
+    """Language models: what the text sample at the end continues."""
+    generated_tokens: int = Field(default=0, ge=0)
+    """Language models: length of that sample; 0: none."""
+    temperature: float = Field(default=0.8, ge=0)
+
+
+class RunConfig(_Section):
+    """Everything that a run depends on, besides code and machine."""
+
+    run: RunSection
+    model: ModelConfig
+    task: TaskConfig
+    data: DataConfig = DataConfig()
+    batch: BatchConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _possible_as_a_whole(self) -> RunConfig:
+        refuse_unsupported(self.parallel)
+        if self.schedule.warmup_steps > self.run.steps:
+            raise ValueError(
+                f"schedule.warmup_steps {self.schedule.warmup_steps} is more than run.steps {self.run.steps}; "
+                "lower the warm-up or run longer"
+            )
+        if self.evaluation.generated_tokens and self.task.kind == "classification":
+            raise ValueError("evaluation.generated_tokens has no effect with task.kind classification; remove it")
+        return self

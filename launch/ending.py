@@ -1,0 +1,85 @@
+"""How an attempt ended: its exit code and reason, in one line, for people, job scripts and `outcome.json`."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from data.errors import CorruptData
+from launch.exit_codes import DO_NOT_RESTART, DONE, FAILED, STOPPED_EARLY, RunEnded
+from launch.run_directory import RunDirectory
+
+# What gloo and NCCL say when another worker is gone; the cause is in that worker's own words.
+_PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+_GRACE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """An exit code of `launch.exit_codes`, and why."""
+
+    exit_code: int
+    reason: str
+    peer_lost: bool = False
+    """Another worker ended first: what it says comes before what this one says."""
+    told_by_all: bool = False
+    """Every rank ends with this same reason: one of them tells it."""
+    expected: bool = True
+    """Whether the reason says it all; if not, the traceback is needed."""
+
+
+def ending_of_failure(error: BaseException) -> Ending:
+    """What an exception that ends an attempt means."""
+    if isinstance(error, RunEnded):
+        return Ending(error.exit_code, str(error), told_by_all=error.told_by_all)
+    if isinstance(error, CorruptData):
+        return Ending(DO_NOT_RESTART, str(error))
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        first_line = str(error).split("\n")[0] or "no memory left"
+        return Ending(DO_NOT_RESTART, f"out of memory: {first_line}; lower batch.micro_samples or the model's size")
+    if isinstance(error, KeyboardInterrupt):
+        return Ending(FAILED, "interrupted at once; what was saved last is intact")
+    lost = isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError)
+    if lost or (isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER_LOST)):
+        return Ending(FAILED, "lost contact with another worker; its own log says why", peer_lost=True)
+    return Ending(FAILED, f"{type(error).__name__}: {error}".split("\n")[0], expected=False)
+
+
+def ending_of_run(step: int, steps: int, saved_step: int | None, save_failure: str | None) -> Ending:
+    """How a loop that came to its end, or was stopped, ends the attempt."""
+    if save_failure is not None:
+        return Ending(DO_NOT_RESTART, f"after step {step}: {save_failure}")
+    if step < steps:
+        assert saved_step == step
+        return Ending(STOPPED_EARLY, f"stopped on request after step {step} of {steps}; everything is saved")
+    return Ending(DONE, f"all {steps} steps are done")
+
+
+def write_outcome(run: RunDirectory, ending: Ending, *, rank: int, step: int, seconds: float) -> None:
+    """Writes outcome.json. Rank 0 writes for all that ended well; a worker that failed writes for itself, and one that
+    only lost contact leaves the word to the one that failed."""
+    if rank != 0 and (ending.exit_code in (DONE, STOPPED_EARLY) or ending.peer_lost or ending.told_by_all):
+        return
+    if ending.peer_lost:
+        time.sleep(_GRACE_SECONDS)
+        if _already_told(run):
+            return
+    run.write_json(
+        "outcome.json",
+        {
+            "exit_code": ending.exit_code,
+            "reason": ending.reason,
+            "step": step,
+            "attempt": run.attempt,
+            "seconds": round(seconds, 3),
+        },
+    )
+
+
+def _already_told(run: RunDirectory) -> bool:
+    path = run.path / "outcome.json"
+    return path.exists() and json.loads(path.read_text())["attempt"] == run.attempt

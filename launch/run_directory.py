@@ -1,0 +1,188 @@
+"""The directory of a run: claimed by one process at a time, and readable by anyone. Imports no torch."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import secrets
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from distrib.manifest import MANIFEST_NAME, published_checkpoints, write_durably
+from launch.config import RunConfig
+
+RUNS = Path("runs")
+STOP_FILE = "stop"
+_VERSIONS = ("torch", "numpy", "lockstep", "safetensors", "pyarrow", "tokenizers", "datasets", "wandb", "tensorboard")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a run starts from: a directory, and within it the newest good checkpoint or one that was named."""
+
+    directory: Path | None
+    """None: a new numbered directory."""
+    from_newest: bool = False
+    """Continue from the newest good checkpoint; start fresh only where none was ever published."""
+    checkpoint: Path | None = None
+    """Start from exactly this checkpoint."""
+
+
+@dataclass
+class RunDirectory:
+    """A claimed run directory. `close` gives it up."""
+
+    path: Path
+    identity: dict[str, Any]
+    lock: IO[str] | None = field(default=None, repr=False)
+
+    @property
+    def attempt(self) -> int:
+        return len(self.identity["attempts"])
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def stop_file(self) -> Path:
+        return self.path / STOP_FILE
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_durably(self.path / name, json.dumps(value, indent=2).encode() + b"\n")
+
+    def close(self) -> None:
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
+
+
+def decide_resume(config: RunConfig, resume: str | None) -> Resume:
+    """What `run.directory` and `--resume auto|PATH` ask for. Creates nothing; raises ValueError in one line."""
+    directory = config.run.directory
+    if resume is None:
+        if directory is not None and (directory / "run.json").exists():
+            raise ValueError(
+                f"run.directory={directory}: already holds a run; continue it with --resume auto, or name another directory"
+            )
+        return Resume(directory)
+    if resume == "auto":
+        if directory is None:
+            raise ValueError(
+                "--resume auto: needs run.directory=DIR (or use --resume DIR) to know which run to continue"
+            )
+        return Resume(directory, from_newest=True)
+    path = Path(resume)
+    if (path / MANIFEST_NAME).is_file():
+        owner = path.parent.parent
+        if directory is None and (owner / "run.json").is_file():
+            directory = owner
+        return Resume(directory, checkpoint=path)
+    if (path / "run.json").is_file():
+        if directory is not None and directory.resolve() != path.resolve():
+            raise ValueError(f"--resume {path} and run.directory={directory}: name two runs; give one of them")
+        return Resume(path, from_newest=True)
+    raise ValueError(f"--resume {path}: neither a checkpoint (no {MANIFEST_NAME}) nor a run (no run.json); or use auto")
+
+
+def claim(config: RunConfig, resume: Resume) -> RunDirectory:
+    """Takes a run directory for this process. Raises ValueError where it cannot be written or another process has it."""
+    try:
+        path = resume.directory or _new_numbered(config.run.name)
+        (path / "logs").mkdir(parents=True, exist_ok=True)
+        # The lock lasts as long as the file stays open, and ends with the process, however it ends.
+        lock = (path / "run.lock").open("w")
+    except OSError as error:
+        raise ValueError(
+            f"run directory {error.filename or resume.directory}: cannot be written ({error.strerror}); "
+            "set run.directory to a place you may write"
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise ValueError(f"run directory {path}: another process is training in it; wait for it or stop it") from None
+    known = path / "run.json"
+    if known.exists():
+        identity = json.loads(known.read_text())
+    else:
+        run_id = secrets.token_hex(8)
+        identity = {
+            "name": config.run.name if resume.directory else path.name,
+            "run_id": run_id,
+            "wandb_run_id": run_id,
+            "created": _now(),
+            "attempts": [],
+        }
+    (path / STOP_FILE).unlink(missing_ok=True)
+    return RunDirectory(path, identity, lock)
+
+
+def begin_attempt(run: RunDirectory, **facts: Any) -> None:
+    """Adds an attempt to run.json; before its first step."""
+    run.identity["attempts"].append({"attempt": run.attempt + 1, "started": _now(), **facts})
+    run.write_json("run.json", run.identity)
+
+
+def ever_checkpointed(path: Path) -> bool:
+    """Whether a checkpoint was ever published in this run, good or not."""
+    checkpoints = path / "checkpoints"
+    return bool(published_checkpoints(checkpoints)) or any(checkpoints.glob("step-*.corrupt*"))
+
+
+def describe_environment(devices: list[str], world_size: int) -> dict[str, Any]:
+    """What a run was made with. No environment variable's value enters, so no secret can."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in _VERSIONS},
+        "world_size": world_size,
+        "devices": devices,
+        "cpu_cores": os.cpu_count(),
+        "threads_per_worker": os.environ.get("OMP_NUM_THREADS"),
+        "git_commit": _git_commit(),
+        "command": sys.argv,
+    }
+
+
+def _new_numbered(name: str) -> Path:
+    RUNS.mkdir(exist_ok=True)
+    taken = [int(p.name[len(name) + 1 :]) for p in RUNS.glob(f"{name}-*") if p.name[len(name) + 1 :].isdigit()]
+    number = max(taken, default=0) + 1
+    while True:
+        path = RUNS / f"{name}-{number:04d}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of Lockstep's checkout, with a + where files differ from it."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,54 @@
+"""What a person reads at the end of a run: before and after, a sample of what it learned, and what to do next."""
+
+from __future__ import annotations
+
+import json
+
+from launch.attempt import Attempt, format_metrics
+from models.generation import generate
+
+
+def tell_summary(attempt: Attempt) -> None:
+    """Prints the summary of a run that did all its steps. Rank 0 speaks; nobody else waits."""
+    if attempt.world.rank != 0:
+        return
+    path = attempt.run.path
+    lines = [""]
+    if attempt.first_evaluation is not None and attempt.first_evaluation is not attempt.last_evaluation:
+        lines.append(f"evaluation before: {format_metrics(attempt.first_evaluation)}")
+    if attempt.last_evaluation is not None:
+        lines.append(f"evaluation after:  {format_metrics(attempt.last_evaluation)}")
+    if attempt.config.evaluation.generated_tokens and attempt.materials.tokenizer is not None:
+        lines += ["", "a sample of its text:", _sample_text(attempt)]
+    lines += [
+        "",
+        f"everything lies in {path}: {', '.join(sorted(p.name + '/' * p.is_dir() for p in path.iterdir()))}",
+        "next:",
+        f"  lockstep report {path}",
+        f"  lockstep {'generate' if attempt.materials.tokenizer is not None else 'evaluate'} {path}",
+        f"  lockstep train {path / 'recipe.yaml'} run.directory={path} run.steps={2 * attempt.config.run.steps} "
+        "--resume auto --allow-change",
+    ]
+    attempt.say("\n".join(lines))
+
+
+def _sample_text(attempt: Attempt) -> str:
+    evaluation, tokenizer = attempt.config.evaluation, attempt.materials.tokenizer
+    context_tokens = attempt.materials.shape.sequence_tokens
+    assert tokenizer is not None
+    assert context_tokens is not None
+    tokens = generate(
+        attempt.engine.module,
+        [int(token) for token in tokenizer.encode(evaluation.prompt)],
+        new_tokens=evaluation.generated_tokens,
+        context_tokens=context_tokens,
+        temperature=evaluation.temperature,
+        top_k=None,
+        seed=attempt.config.run.seed,
+        stop_token=tokenizer.end_of_document,
+    )
+    text = tokenizer.decode(tokens)
+    line = json.dumps({"step": attempt.ledger.step, "prompt": evaluation.prompt, "text": text}, ensure_ascii=False)
+    with (attempt.run.path / "samples.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    return text

@@ -1,0 +1,87 @@
+"""The worker: `python -m launch.train RECIPE [section.key=value ...]`, alone or under torchrun, deepspeed, accelerate, srun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+
+from launch.arguments import add_training_arguments, parse_with_overrides
+from launch.config import RunConfig
+from launch.exit_codes import USAGE
+from launch.recipe import load_recipe
+from launch.run_directory import Resume, decide_resume
+from launch.stopping import StopRequest
+
+SUPERVISOR_PIPE = "LOCKSTEP_SUPERVISOR_PIPE"
+"""A file descriptor that reads as ended when the supervisor is gone, however it went."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one worker and returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m launch.train", description=__doc__)
+    add_training_arguments(parser)
+    arguments = parse_with_overrides(parser, argv)
+    rank = os.environ.get("RANK", "0")
+    try:
+        config = load_recipe(arguments.recipe, arguments.overrides)
+        resume = decide_resume(config, arguments.resume)
+    except ValueError as error:
+        if rank == "0":
+            print(f"lockstep: error: {error}", file=sys.stderr)
+        return USAGE
+    return run_worker(config, resume, allow_change=arguments.allow_change)
+
+
+def run_worker(config: RunConfig, resume: Resume, *, allow_change: bool) -> int:
+    """Joins the world that the launcher described, trains, and turns whatever happens into an exit code."""
+    stop = StopRequest()
+    stop.listen()
+    _end_with_supervisor()
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    from distrib.world import join_world, leave_world
+    from launch.ending import ending_of_failure
+    from launch.training import run_attempt
+
+    try:
+        world = join_world(config.run.device, config.parallel.timeout_seconds)
+    except ValueError as error:
+        print(f"lockstep: error: {error}", file=sys.stderr)
+        return USAGE
+    try:
+        ending, _ = run_attempt(config, resume, allow_change=allow_change, world=world, stop=stop)
+    except BaseException as error:
+        ending = ending_of_failure(error)
+        if not ending.expected:
+            traceback.print_exc()
+        elif world.rank == 0 or not (ending.told_by_all or ending.peer_lost):
+            print(f"lockstep: error: {ending.reason}", file=sys.stderr, flush=True)
+        if ending.told_by_all:
+            leave_world(world)
+        return ending.exit_code
+    if world.rank == 0 and ending.exit_code:
+        print(f"lockstep: {ending.reason}", file=sys.stderr, flush=True)
+    leave_world(world)
+    return ending.exit_code
+
+
+def _end_with_supervisor() -> None:
+    """Ends this process when the supervisor is gone, so that a killed run leaves nobody behind."""
+    descriptor = os.environ.pop(SUPERVISOR_PIPE, None)
+    if descriptor is None:
+        return
+
+    def wait_for_end() -> None:
+        os.read(int(descriptor), 1)
+        os._exit(1)
+
+    threading.Thread(target=wait_for_end, name="lockstep-supervisor-watch", daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

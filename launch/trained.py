@@ -1,0 +1,103 @@
+"""Trained models of finished or interrupted runs, to evaluate and to generate with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data.prepare import prepare
+from data.stream import evaluation_batches
+from distrib.checkpoint import Checkpoint, load_tensors, newest_good_checkpoint, open_checkpoint
+from distrib.initialisation import make_initialised_model
+from distrib.model_state import model_tensors
+from distrib.world import World, single_process_world
+from launch.attempt import format_metrics
+from launch.config import RunConfig
+from launch.materials import Materials, open_materials
+from launch.recipe import parse_recipe, parse_yaml
+from models.generation import generate
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with the weights of a verified checkpoint, and what it was trained with."""
+
+    config: RunConfig
+    materials: Materials
+    module: nn.Module
+    checkpoint: Checkpoint
+    world: World
+
+
+def load_trained(run_directory: Path, checkpoint: Path | None, device: str) -> TrainedModel:
+    """The model of a run: its newest good checkpoint, or the one that is named. Raises ValueError in one line."""
+    recipe = run_directory / "recipe.yaml"
+    if not recipe.is_file():
+        raise ValueError(
+            f"{run_directory}: not a run of Lockstep (no recipe.yaml); give a directory such as runs/NAME-0001"
+        )
+    config = parse_recipe(parse_yaml(recipe.read_text(), f"recipe {recipe}"), source=f"recipe {recipe}")
+    world = single_process_world(device)
+    found = _find_checkpoint(run_directory, checkpoint, world)
+    materials = open_materials(config, prepare(config.data))
+    module = make_initialised_model(materials.make_model, config.run.seed, world.device)
+    load_tensors(found, model_tensors(module), world)
+    return TrainedModel(config, materials, module.eval(), found, world)
+
+
+def evaluate_run(run_directory: Path, checkpoint: Path | None, device: str) -> str:
+    """Metrics over the whole validation split, as a line."""
+    trained = load_trained(run_directory, checkpoint, device)
+    sums: dict[str, torch.Tensor] = {}
+    task, micro_samples = trained.materials.task, trained.config.batch.micro_samples
+    batches = evaluation_batches(
+        trained.materials.validation, rank=0, world_size=1, micro_samples=micro_samples, samples=None
+    )
+    with torch.no_grad():
+        for batch in batches:
+            tensors = {name: tensor.to(trained.world.device) for name, tensor in batch.tensors.items()}
+            for name, value in task.evaluate(trained.module, tensors).items():
+                sums[name] = sums[name] + value if name in sums else value
+    return f"{trained.checkpoint.path}: {format_metrics(task.summarise(sums))}"
+
+
+def generate_from_run(
+    run_directory: Path,
+    checkpoint: Path | None,
+    device: str,
+    *,
+    prompt: str | None,
+    new_tokens: int,
+    temperature: float | None,
+    top_k: int | None,
+    seed: int,
+) -> str:
+    """The prompt and its continuation by the run's language model."""
+    trained = load_trained(run_directory, checkpoint, device)
+    tokenizer, context_tokens = trained.materials.tokenizer, trained.materials.shape.sequence_tokens
+    if tokenizer is None or context_tokens is None:
+        raise ValueError(f"{run_directory}: its model is no language model; use `lockstep evaluate`")
+    tokens = generate(
+        trained.module,
+        [int(token) for token in tokenizer.encode(trained.config.evaluation.prompt if prompt is None else prompt)],
+        new_tokens=new_tokens,
+        context_tokens=context_tokens,
+        temperature=trained.config.evaluation.temperature if temperature is None else temperature,
+        top_k=top_k,
+        seed=seed,
+        stop_token=tokenizer.end_of_document,
+    )
+    return tokenizer.decode(tokens)
+
+
+def _find_checkpoint(run_directory: Path, checkpoint: Path | None, world: World) -> Checkpoint:
+    if checkpoint is not None:
+        return open_checkpoint(checkpoint, world)
+    found, passed_over = newest_good_checkpoint(run_directory / "checkpoints", world)
+    if found is None:
+        reasons = "; ".join(bad.reason for bad in passed_over) or "none was saved yet"
+        raise ValueError(f"{run_directory}: no good checkpoint ({reasons})")
+    return found

@@ -1,0 +1,292 @@
+"""From a recipe to a finished run: prepare, set up, resume, train, and tell how it ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.order import ORDER_VERSION
+from data.plan import Plan, Segment
+from data.prepare import prepare
+from data.stream import Stream, evaluation_batches
+from distrib.checkpoint import Checkpoint, load_tensors, newest_good_checkpoint, open_checkpoint
+from distrib.initialisation import make_initialised_model
+from distrib.manifest import remove_temporaries
+from distrib.native import NativeEngine
+from distrib.world import World
+from launch import loop
+from launch.attempt import Attempt
+from launch.config import RunConfig
+from launch.console import Progress
+from launch.ending import Ending, ending_of_failure, ending_of_run, write_outcome
+from launch.exit_codes import DO_NOT_RESTART, RunEnded
+from launch.ledger import Ledger
+from launch.materials import Materials, open_materials
+from launch.meter import Meter
+from launch.recipe import dump_recipe, parse_recipe, parse_yaml
+from launch.resume import refuse_impossible_changes
+from launch.run_directory import Resume, RunDirectory, begin_attempt, claim, describe_environment, ever_checkpointed
+from launch.stopping import StopRequest
+from launch.summary import tell_summary
+from launch.together import on_rank_zero, together
+from launch.tracking.tracking import Tracking
+from launch.worker_log import start_logging
+from models.flops import FLOP_CONVENTION, count_parameters, peak_flops, training_flops_per_sample
+
+log = logging.getLogger("lockstep")
+_PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def run_attempt(
+    config: RunConfig, resume: Resume, *, allow_change: bool, world: World, stop: StopRequest
+) -> tuple[Ending, RunDirectory]:
+    """Trains until the last step or a request to stop. Every rank of the run calls it.
+
+    Raises what ended the attempt early, after `outcome.json` says so.
+    """
+    begun = time.monotonic()
+    on_rank_zero(world, lambda: prepare(config.data))
+    materials = together(world, lambda: open_materials(config, prepare(config.data)))
+    claimed = on_rank_zero(world, lambda: claim(config, resume))
+    path, identity = world.broadcast_object((claimed.path, claimed.identity) if claimed else None)
+    run = claimed or RunDirectory(path, identity)
+    start_logging(run.path, world.rank)
+    attempt: Attempt | None = None
+    try:
+        attempt = together(world, lambda: _set_up(config, world, run, materials, stop))
+        _resume(attempt, resume, allow_change=allow_change)
+        _begin(attempt)
+        _train(attempt)
+        ending = ending_of_run(attempt.ledger.step, config.run.steps, attempt.saved_step, attempt.save_failure)
+    except BaseException as error:
+        ending = ending_of_failure(error)
+        log.error("%s", ending.reason, exc_info=not ending.expected)
+        raise
+    finally:
+        _close(attempt)
+        step = attempt.ledger.step if attempt is not None else 0
+        write_outcome(run, ending, rank=world.rank, step=step, seconds=time.monotonic() - begun)
+        run.close()
+    return ending, run
+
+
+def _set_up(config: RunConfig, world: World, run: RunDirectory, materials: Materials, stop: StopRequest) -> Attempt:
+    """Builds model and engine, and the plan of a run that starts afresh."""
+    if config.run.deterministic:
+        torch.use_deterministic_algorithms(True)
+    engine = NativeEngine(
+        lambda: make_initialised_model(materials.make_model, config.run.seed, world.device),
+        materials.task.loss,
+        world=world,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        steps=config.run.steps,
+        seed=config.run.seed,
+        precision=config.parallel.precision,
+    )
+    return Attempt(config, world, run, materials, engine, Plan.of([_segment(config, materials)]), Ledger(), stop)
+
+
+def _segment(config: RunConfig, materials: Materials, start_position: int = 0) -> Segment:
+    return Segment(
+        start_position=start_position,
+        fingerprints=(materials.training.fingerprint,),
+        order=ORDER_VERSION,
+        sequence_tokens=materials.shape.sequence_tokens,
+        seed=config.run.seed,
+        global_samples=config.batch.global_samples,
+    )
+
+
+def _resume(attempt: Attempt, resume: Resume, *, allow_change: bool) -> None:
+    """Takes over the newest good checkpoint, or the one that was named. Without one the run starts afresh."""
+    world, run = attempt.world, attempt.run
+    on_rank_zero(world, lambda: remove_temporaries(run.checkpoints))
+    checkpoint: Checkpoint | None = None
+    if resume.checkpoint is not None:
+        named = resume.checkpoint
+        checkpoint = together(world, lambda: open_checkpoint(named, world))
+    elif resume.from_newest:
+        existed = world.broadcast_object(ever_checkpointed(run.path))
+        checkpoint, passed_over = newest_good_checkpoint(run.checkpoints, world)
+        for bad in passed_over:
+            attempt.say(f"passed over a checkpoint: {bad.reason}; kept as {bad.path.name}")
+        if checkpoint is None and existed:
+            raise RunEnded(
+                f"{run.checkpoints}: checkpoints exist and none verifies; restore one, or start a new run",
+                DO_NOT_RESTART,
+                told_by_all=True,
+            )
+    if checkpoint is not None:
+        taken = checkpoint
+        together(world, lambda: _take_over(attempt, taken, allow_change=allow_change))
+
+
+def _take_over(attempt: Attempt, checkpoint: Checkpoint, *, allow_change: bool) -> None:
+    config, engine = attempt.config, attempt.engine
+    for difference in _recipe_changes(config, checkpoint.path.parent.parent, allow_change=allow_change):
+        log.info("changed since the checkpoint: %s", difference)
+    engine_scalars = checkpoint.scalars["engine"]
+    if engine_scalars["optimizer_kind"] != config.optimizer.kind:
+        raise ValueError(
+            f"{checkpoint.path}: was trained with optimizer.kind={engine_scalars['optimizer_kind']}, "
+            f"the recipe says {config.optimizer.kind}; they cannot be exchanged within a run"
+        )
+    load_tensors(checkpoint, engine.canonical_state().tensors, attempt.world)
+    engine.load_scalars(engine_scalars)
+    attempt.ledger = Ledger(**checkpoint.scalars["ledger"])
+    attempt.plan = _continue_plan(attempt, Plan.from_json(json.dumps(checkpoint.scalars["plan"])), checkpoint.path)
+    attempt.saved_step = attempt.ledger.step
+
+
+def _recipe_changes(config: RunConfig, owner: Path, *, allow_change: bool) -> list[str]:
+    """How the recipe differs from that of the run which a checkpoint belongs to."""
+    recipe = owner / "recipe.yaml"
+    if not recipe.is_file():
+        return []
+    before = parse_recipe(parse_yaml(recipe.read_text(), f"recipe {recipe}"), source=f"recipe {recipe}")
+    return refuse_impossible_changes(before, config, allow_change=allow_change)
+
+
+def _continue_plan(attempt: Attempt, plan: Plan, source: Path) -> Plan:
+    """The checkpoint's plan, with a new segment where the size of the global batch changes from here on."""
+    position = attempt.ledger.position
+    current = plan.segments[-1]
+    wanted = _segment(attempt.config, attempt.materials, start_position=position)
+    if not wanted.reads_as(current):
+        raise ValueError(
+            f"{source}: was trained on other data or in another order (dataset {current.fingerprints[0][:12]}, "
+            f"here {wanted.fingerprints[0][:12]}); use the dataset of that run, or start a new run"
+        )
+    return plan if wanted.global_samples == current.global_samples else plan.append(wanted)
+
+
+def _begin(attempt: Attempt) -> None:
+    """Puts the attempt on record before its first step, and opens what rank 0 speaks through."""
+    config, world, run = attempt.config, attempt.world, attempt.run
+    resumed_from = attempt.ledger.step if attempt.saved_step is not None else None
+    devices = world.gather_objects(_device_name(world.device))
+
+    def put_on_record() -> None:
+        (run.path / "recipe.yaml").write_text(dump_recipe(config))
+        run.write_json("environment.json", describe_environment(devices, world.size))
+        begin_attempt(
+            run, world_size=world.size, engine=config.parallel.engine, device=devices[0], resumed_from_step=resumed_from
+        )
+        attempt.stop.watch(run.stop_file)
+        attempt.progress = Progress(
+            config.tracking.progress,
+            config.run.steps,
+            attempt.ledger.step,
+            attempt.materials.item_name,
+            interval_seconds=config.tracking.progress_seconds,
+        )
+        attempt.tracking = Tracking(
+            config.tracking,
+            run.path,
+            run_name=run.identity["name"],
+            wandb_run_id=run.identity["wandb_run_id"],
+            recipe=config.model_dump(mode="json"),
+        )
+
+    on_rank_zero(world, put_on_record)
+    run.identity = world.broadcast_object(run.identity)
+    origin = f", resumed from step {resumed_from}" if resumed_from is not None else ""
+    attempt.say(f"run {run.path}, attempt {run.attempt}: {world.size} x {devices[0]}{origin}")
+
+
+def _train(attempt: Attempt) -> None:
+    """The dry run, the evaluations before and after, and the loop between them."""
+    config, world, ledger = attempt.config, attempt.world, attempt.ledger
+    remaining_samples = (config.run.steps - ledger.step) * config.batch.global_samples
+    meter = _make_meter(attempt)
+    if remaining_samples:
+        attempt.engine.dry_run(_example_micro_batch(attempt))
+    if ledger.step == 0:
+        attempt.evaluate()
+    stream = Stream(
+        attempt.materials.training,
+        attempt.plan,
+        rank=world.data_rank,
+        world_size=world.data_size,
+        micro_samples=config.batch.micro_samples,
+        position=ledger.position,
+        stop_position=ledger.position + remaining_samples,
+        count_items=attempt.materials.task.items,
+        reduce_items=world.sum_in_prefetch_thread if world.size > 1 else None,
+        prefetch_steps=config.data.prefetch_steps,
+        pin_memory=world.device.type == "cuda",
+    )
+    try:
+        loop.train(
+            attempt.engine,
+            iter(stream),
+            ledger,
+            world=world,
+            meter=meter,
+            intervals=loop.Intervals(config.checkpoint.every_steps, config.evaluation.every_steps),
+            hooks=loop.Hooks(attempt.record, attempt.evaluate, attempt.save, attempt.stop.asked),
+        )
+    finally:
+        stream.close()
+    if ledger.step == config.run.steps:
+        if attempt.evaluated_step != ledger.step:
+            attempt.evaluate()
+        tell_summary(attempt)
+
+
+def _example_micro_batch(attempt: Attempt) -> Any:
+    """A real micro-batch of the largest size: the first of the validation split, repeated where that is too small."""
+    samples = min(
+        attempt.config.batch.micro_samples, -(-attempt.config.batch.global_samples // attempt.world.data_size)
+    )
+    batches = evaluation_batches(
+        attempt.materials.validation, rank=0, world_size=1, micro_samples=samples, samples=None
+    )
+    first = next(iter(batches))
+    repeats = -(-samples // first.samples)
+    tensors = {
+        name: tensor.repeat(repeats, *[1] * (tensor.ndim - 1))[:samples] for name, tensor in first.tensors.items()
+    }
+    return dataclasses.replace(first, tensors=tensors)
+
+
+def _make_meter(attempt: Attempt) -> Meter:
+    """Says the sizes that a run depends on, and prepares to measure against them."""
+    config, world, materials = attempt.config, attempt.world, attempt.materials
+    flops_per_sample = training_flops_per_sample(materials.make_model, materials.task, materials.shape)
+    items_per_sample = materials.task.items(materials.task.example(materials.shape, 1))
+    flops_per_item = flops_per_sample / items_per_sample
+    peak = peak_flops(_device_name(world.device), _PRECISION_DTYPES[config.parallel.precision])
+    batch, largest_part = config.batch, -(-config.batch.global_samples // world.data_size)
+    accumulation = -(-largest_part // batch.micro_samples)
+    attempt.say(
+        f"model {config.model.kind}: {count_parameters(attempt.engine.module):,} parameters, "
+        f"{flops_per_item / 1e6:,.1f} MFLOP per {materials.item_name}"
+    )
+    attempt.say(
+        f"batch: {batch.global_samples} samples = {world.data_size} ranks x up to {min(batch.micro_samples, largest_part)} "
+        f"samples x {accumulation} accumulated; {materials.training.samples:,} training samples, "
+        f"{config.run.steps * batch.global_samples / materials.training.samples:.2f} epochs in {config.run.steps} steps"
+    )
+    attempt.say(f"FLOPs count {FLOP_CONVENTION}")
+    if peak is None:
+        log.info("MFU is not reported: the peak of %s is unknown", _device_name(world.device))
+    return Meter(world.device, flops_per_item=flops_per_item, peak_flops=peak, ranks=world.data_size)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _close(attempt: Attempt | None) -> None:
+    if attempt is not None and attempt.progress is not None:
+        attempt.progress.close()
+    if attempt is not None and attempt.tracking is not None:
+        attempt.tracking.close()
