@@ -6,15 +6,7 @@ from torch import Tensor, nn
 from models.base import Model
 from models.config import ConvNetConfig
 from models.initialisation import initialise_cnn_parameter
-
-
-def make_norm(kind: str, channels: int, groups: int) -> nn.Module:
-    """`none`; `batch` (Ioffe & Szegedy 2015), which mixes samples; or `group` (Wu & He 2018), which does not."""
-    if kind == "none":
-        return nn.Identity()
-    if kind == "batch":
-        return nn.BatchNorm2d(channels)
-    return nn.GroupNorm(groups, channels)
+from models.norms import make_norm
 
 
 class ConvNet(Model):

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from models.base import Model
 from models.config import ResNetConfig
-from models.convnet import make_norm
 from models.initialisation import initialise_cnn_parameter
+from models.norms import make_norm
 
 IMAGENET_STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 BOTTLENECK_EXPANSION = 4

@@ -81,6 +81,18 @@ def build_task(
     return task
 
 
+class _DeviceCopies:
+    """A task's constants on the devices that asked for them (the meta device, too): no copy per step."""
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[str, torch.device], Tensor] = {}
+
+    def get(self, name: str, original: Tensor, device: torch.device) -> Tensor:
+        if (name, device) not in self._copies:
+            self._copies[name, device] = original.to(device)
+        return self._copies[name, device]
+
+
 class LanguageModelling:
     """Next-token prediction: {"tokens": (B, T+1) uint16, uint32 or int64, optional "loss_mask": (B, T) bool}.
 
@@ -91,6 +103,7 @@ class LanguageModelling:
     def __init__(self, *, label_smoothing: float = 0.0, token_bytes: np.ndarray | Tensor | None = None) -> None:
         self.label_smoothing = label_smoothing
         self.token_bytes = None if token_bytes is None else torch.as_tensor(token_bytes, dtype=torch.int64)
+        self._on_device = _DeviceCopies()
 
     def items(self, batch: Mapping[str, Tensor]) -> int:
         if "loss_mask" in batch:
@@ -110,8 +123,8 @@ class LanguageModelling:
         counted = targets != IGNORED_TARGET
         sums = {"loss_sum": losses.sum(dtype=torch.float64), "tokens": counted.sum()}
         if self.token_bytes is not None:
-            self.token_bytes = self.token_bytes.to(targets.device)  # kept there: evaluations stay on one device
-            sums["bytes"] = (self.token_bytes[targets.clamp(min=0)] * counted).sum()
+            token_bytes = self._on_device.get("token_bytes", self.token_bytes, targets.device)
+            sums["bytes"] = (token_bytes[targets.clamp(min=0)] * counted).sum()
         return sums
 
     def summarise(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
@@ -169,6 +182,7 @@ class Classification:
         self.classes = classes
         self.image_mean = torch.tensor(image_mean, dtype=torch.float32).view(1, -1, 1, 1)
         self.image_std = torch.tensor(image_std, dtype=torch.float32).view(1, -1, 1, 1)
+        self._on_device = _DeviceCopies()
         self.label_smoothing = label_smoothing
 
     def items(self, batch: Mapping[str, Tensor]) -> int:
@@ -218,6 +232,6 @@ class Classification:
                 f"task.image_mean has {self.image_mean.shape[1]} values and the images {channels} channels; "
                 "give one value, or one per channel"
             )
-        self.image_mean = self.image_mean.to(images.device)  # kept there: no copy per step
-        self.image_std = self.image_std.to(images.device)
-        return (images.to(torch.float32) / 255.0 - self.image_mean) / self.image_std
+        mean = self._on_device.get("mean", self.image_mean, images.device)
+        std = self._on_device.get("std", self.image_std, images.device)
+        return (images.to(torch.float32) / 255.0 - mean) / std

@@ -16,6 +16,7 @@ from models.attention import RotaryPositions, rotary_frequencies
 from models.build import InputShape, build_model
 from models.config import parse_model
 from models.flops import count_parameters
+from models.norms import BatchNorm
 from models.resnet import PaddedShortcut
 
 GPT2 = {"kind": "transformer", "layers": 12, "width": 768, "heads": 12, "positions": "learned", "norm": "layernorm"}
@@ -99,13 +100,13 @@ def test_dropout_acts_in_training_only():
 def test_rotary_tables_survive_casts_and_the_meta_device():
     expected = RotaryPositions(8, 4096, 10_000.0, None)
     angles = torch.outer(torch.arange(4096).double(), rotary_frequencies(8, 10_000.0, None).double())
-    torch.testing.assert_close(expected.sines.double(), angles.sin(), rtol=0, atol=3e-4)
+    torch.testing.assert_close(expected.signed_sines[:, 4:].double(), angles.sin(), rtol=0, atol=3e-4)
     cast = RotaryPositions(8, 4096, 10_000.0, None).bfloat16()
-    assert cast.sines.dtype == torch.float32
-    assert torch.equal(cast.sines, expected.sines)
+    assert cast.signed_sines.dtype == torch.float32
+    assert torch.equal(cast.signed_sines, expected.signed_sines)
     with torch.device("meta"):
         late = RotaryPositions(8, 4096, 10_000.0, None)
-    assert late.sines.is_meta
+    assert late.signed_sines.is_meta
     late.to_empty(device="cpu")
     assert torch.equal(late.cosines, expected.cosines)
 
@@ -121,6 +122,23 @@ def test_buffers_can_be_set_after_meta_construction():
         model.initialise_buffers()
         for name, buffer in model.named_buffers():
             assert torch.equal(buffer, expected[name]), name
+
+
+def test_batch_norm_is_torchs_and_keeps_its_statistics_in_fp32():
+    ours, theirs = BatchNorm(4), torch.nn.BatchNorm2d(4)
+    for seed in range(3):
+        maps = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(seed)) + 2
+        assert torch.equal(ours(maps), theirs(maps))
+    ours.eval()
+    theirs.eval()
+    assert torch.equal(ours(maps), theirs(maps))
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+    ours.bfloat16().train()
+    assert ours.weight.dtype == torch.bfloat16
+    assert torch.equal(ours.running_mean, theirs.running_mean)
+    assert ours(maps.bfloat16()).dtype == torch.bfloat16
+    assert ours.running_var.dtype == torch.float32
 
 
 def test_the_cifar_shortcut_keeps_every_second_pixel_and_pads_with_zeros():
