@@ -15,21 +15,17 @@ def open_hugging_face(address: SourceAddress) -> TextSource | ImageSource:
 
     Without #COLUMN: the one image column, the column `text`, or the only column that holds text.
     """
-    name = (
-        str(Path(address.location).expanduser()) if Path(address.location).expanduser().exists() else address.location
-    )
+    path = Path(address.location).expanduser()
+    name = str(path) if path.exists() else address.location
     try:
         stream = datasets.load_dataset(name, address.config, split=address.split, streaming=True)
-        if stream.features is None:
-            first = next(iter(stream), None)
-            columns = _columns_of_example(first, name)
-        else:
-            columns = dict(stream.features)
+        first = next(iter(stream), None) if stream.features is None else None
     except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"source hf:{address.location}: `datasets` cannot load split {address.split!r} "
             f"({type(error).__name__}: {' '.join(str(error).split())}); check name, config and split"
         ) from error
+    columns = _columns_of_example(first, name) if stream.features is None else dict(stream.features)
     description = f"`datasets` split {address.split}"
     column = address.column or _default_column(columns, name)
     if column not in columns:

@@ -8,7 +8,6 @@ only in that form, so that no altered byte goes unseen.
 import hashlib
 import itertools
 import json
-import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePath
@@ -29,7 +28,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
 def _plain_name(name: str) -> str:
-    if name != PurePath(name).name or name in ("", ".", "..", MANIFEST_NAME) or "\\" in name or "\0" in name:
+    if name != PurePath(name).name or name in ("", ".", "..") or "\\" in name or "\0" in name:
         raise ValueError(f"{name!r} is not the plain name of a file in the dataset's directory")
     return name
 
@@ -88,11 +87,10 @@ class SplitEntry(_Entry):
 
 
 class TokenizerEntry(_Entry):
-    """The tokenizer the tokens were made with; `file` and `sha256` are None for bytes, which need no file."""
+    """The tokenizer the tokens were made with; `file` is None for bytes, which need none."""
 
     spec: str
-    file: PlainName | None = None
-    sha256: Sha256 | None = None
+    file: FileEntry | None = None
     vocabulary_size: Count
     end_of_document: Annotated[int, Field(ge=0)]
 
@@ -162,7 +160,9 @@ class Manifest(_Entry):
                 raise ValueError(f"{shard.docs.name}: {shard.docs.bytes} bytes are not {shard.documents} offsets")
 
     def files(self) -> Iterator[FileEntry]:
-        """Every file of every shard."""
+        """Every file but the manifest itself."""
+        if self.tokenizer is not None and self.tokenizer.file is not None:
+            yield self.tokenizer.file
         for split in SPLITS:
             for shard in self.splits[split].shards:
                 yield from shard.files()
@@ -201,6 +201,8 @@ def read_manifest(directory: Path) -> Manifest:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{directory}: no {MANIFEST_NAME}: not a prepared dataset; run `lockstep prepare`") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     damaged = f"{path}: altered or damaged; {RESTORE}"
     try:
         document = json.loads(content)
@@ -223,8 +225,9 @@ def read_manifest(directory: Path) -> Manifest:
         raise CorruptData(f"{path}: {where}: {first['msg']}; {RESTORE}") from None
 
 
-def check_name(directory: Path, path: Path) -> os.stat_result:
-    """The status of a listed file, after checking that it is a regular file that lies in the directory."""
+def check_file(directory: Path, entry: FileEntry) -> Path:
+    """The path of a listed file, after checking that it is a regular file in the directory, of the size listed."""
+    path = directory / entry.name
     try:
         status = path.lstat()
         if stat.S_ISLNK(status.st_mode):
@@ -235,13 +238,7 @@ def check_name(directory: Path, path: Path) -> os.stat_result:
         raise CorruptData(f"{path}: listed in {MANIFEST_NAME} but missing; {RESTORE}") from None
     if not stat.S_ISREG(status.st_mode):
         raise CorruptData(f"{path}: not a regular file; {RESTORE}")
-    return status
-
-
-def check_file(directory: Path, entry: FileEntry) -> Path:
-    """The path of a listed file, after checking that it lies in the directory and has the size listed."""
-    path = directory / entry.name
-    difference = check_name(directory, path).st_size - entry.bytes
+    difference = status.st_size - entry.bytes
     if difference:
         word = "more than" if difference > 0 else "short of"
         raise CorruptData(f"{path}: {abs(difference)} bytes {word} the manifest's {entry.bytes}; {RESTORE}")

@@ -15,10 +15,22 @@ from pathlib import Path
 from data.build import Progress, build_images, build_tokens
 from data.config import DataConfig, parse_source
 from data.manifest import FORMAT_VERSION, MANIFEST_NAME, read_manifest
+from data.shards import HashingFile
 from data.sources import ImageSource, TextSource, open_source, source_state
 
 # No room on the disk, over the quota, over the process's limit of file size.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+UNWRITABLE = (
+    *FULL,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+)
 
 
 def prepared_directory(config: DataConfig) -> Path:
@@ -62,7 +74,7 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Path:
             if not _is_prepared(directory, config):  # another process may have made it while this one waited
                 _prepare_in_place(directory, config, progress)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in UNWRITABLE:
             raise ValueError(f"{directory}: cannot be written ({error.strerror}); set data.directory") from error
         raise
     return directory
@@ -108,7 +120,9 @@ def _prepare_in_place(directory: Path, config: DataConfig, progress: Progress | 
                 manifest = build_tokens(source, config, workspace, progress)
             else:
                 manifest = build_images(source, config, workspace, progress)
-            _write_synced(workspace / MANIFEST_NAME, manifest.to_bytes())
+            with HashingFile(workspace / MANIFEST_NAME) as file:
+                file.write(manifest.to_bytes())
+                file.finish()
             _sync_directory(workspace)
         except OSError as error:
             if error.errno in FULL:
@@ -127,13 +141,6 @@ def _full_disk(directory: Path, workspace: Path, source: TextSource | ImageSourc
     most = source.size_bytes and source.size_bytes * (2 if isinstance(source, TextSource) else 1)
     need = f"up to {most} bytes" if most else f"more than the {written} bytes written"
     return f"{directory}: disk full after {written} bytes, {need} are needed; free some or set data.directory"
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync_directory(path: Path) -> None:

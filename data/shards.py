@@ -54,6 +54,12 @@ class HashingFile:
         self._blocks.append(self._block.hexdigest())
         self._block.reset()
 
+    def __enter__(self) -> "HashingFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def tell(self) -> int:
         """Bytes written so far."""
         return self._bytes
@@ -67,7 +73,7 @@ class HashingFile:
         return self._file.closed
 
     def close(self) -> None:
-        """Close without finishing: the file is given up."""
+        """Close; without `finish` before it, the file is given up."""
         self._file.close()
 
     def finish(self) -> FileEntry:
@@ -105,9 +111,10 @@ class TokenShardWriter:
 
     def finish(self) -> ShardEntry:
         """Write the document ends and close."""
-        docs = HashingFile(self._stem.with_name(self._stem.name + ".docs"))
-        docs.write(np.array(self._ends, dtype="<u8"))
-        return ShardEntry(documents=len(self._ends), tokens=self._tokens, data=self._data.finish(), docs=docs.finish())
+        with HashingFile(self._stem.with_name(self._stem.name + ".docs")) as docs:
+            docs.write(np.array(self._ends, dtype="<u8"))
+            ends = docs.finish()
+        return ShardEntry(documents=len(self._ends), tokens=self._tokens, data=self._data.finish(), docs=ends)
 
     def close(self) -> None:
         """Give the shard up."""

@@ -18,6 +18,7 @@ from data.config import SourceAddress
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 # Not the library itself: tests, installed packages, caches.
 STDLIB_EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+_UNREADABLE = "source {}: cannot be read ({}); correct data.source or the file's permissions"
 
 
 @dataclass(frozen=True)
@@ -145,23 +146,30 @@ def _stdlib_files() -> list[Path]:
 def _read_texts(files: list[Path], root: Path | None) -> Iterator[Document]:
     for path in files:
         where = str(path.relative_to(root)) if root else str(path)
-        yield Document(_decode(path.read_bytes(), where), where)
+        yield Document(_decode(_read(path), where), where)
 
 
 def _read_jsonl(files: list[Path], field: str) -> Iterator[Document]:
     for path in files:
+        for number, line in enumerate(_read_lines(path), start=1):
+            where = f"{path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(_decode(line, where))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"source {where}: not JSON ({error}); correct the line or remove it") from None
+            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                raise ValueError(f"source {where}: no text under {field!r}; correct the line or the field's name")
+            yield Document(record[field], where)
+
+
+def _read_lines(path: Path) -> Iterator[bytes]:
+    try:
         with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                where = f"{path}:{number}"
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(_decode(line, where))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"source {where}: not JSON ({error}); correct the line or remove it") from None
-                if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                    raise ValueError(f"source {where}: no text under {field!r}; correct the line or the field's name")
-                yield Document(record[field], where)
+            yield from lines
+    except OSError as error:
+        raise ValueError(_UNREADABLE.format(path, error.strerror)) from None
 
 
 def _read_parquet(files: list[Path], column: str) -> Iterator[Document]:
@@ -185,6 +193,13 @@ def _read_parquet(files: list[Path], column: str) -> Iterator[Document]:
                     row += 1
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(_UNREADABLE.format(path, error.strerror)) from None
+
+
 def _decode(content: bytes, where: str) -> str:
     try:
         return content.decode("utf-8")
@@ -204,7 +219,7 @@ def _image_folder(address: SourceAddress, files: list[Path]) -> ImageSource:
 
     def images() -> Iterator[EncodedImage]:
         for path in files:
-            yield EncodedImage(path.read_bytes(), labels[path.relative_to(root).parts[0]], str(path))
+            yield EncodedImage(_read(path), labels[path.relative_to(root).parts[0]], str(path))
 
     description = f"{len(files)} images in {len(class_names)} folders"
     return ImageSource(description, class_names, images, sum(path.stat().st_size for path in files))

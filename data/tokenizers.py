@@ -1,7 +1,6 @@
 """Tokenizers: raw bytes, byte-level BPE trained on the corpus, or any tokenizer of Hugging Face's library."""
 
 import abc
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data.config import bpe_size
-from data.errors import CorruptData
-from data.manifest import RESTORE, TokenizerEntry, check_name, read_manifest
+from data.manifest import TokenizerEntry, read_manifest
+from data.shards import CheckedFile, HashingFile
 
 TOKENIZER_NAME = "tokenizer.json"
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -101,9 +100,9 @@ class SubwordTokenizer(Tokenizer):
                 lengths[number] = len(token.replace("\u2581", " ").removeprefix("##").encode())
         return lengths
 
-    def save(self, path: Path) -> None:
-        """Write the tokenizer as Hugging Face's tokenizer.json."""
-        self._backend.save(str(path))
+    def to_json(self) -> str:
+        """The content of Hugging Face's tokenizer.json."""
+        return str(self._backend.to_str(pretty=True))
 
 
 def train_bpe(spec: str, texts: Iterator[str]) -> SubwordTokenizer:
@@ -158,15 +157,14 @@ def _with_end_of_document(backend: tokenizers.Tokenizer, spec: str) -> SubwordTo
 
 def tokenizer_entry(tokenizer: Tokenizer, spec: str, directory: Path) -> TokenizerEntry:
     """Save the tokenizer into a dataset's directory, where it has a file, and describe it for the manifest."""
-    name = digest = None
+    entry = None
     if isinstance(tokenizer, SubwordTokenizer):
-        path = directory / TOKENIZER_NAME
-        tokenizer.save(path)
-        name, digest = TOKENIZER_NAME, hashlib.sha256(path.read_bytes()).hexdigest()
+        with HashingFile(directory / TOKENIZER_NAME) as file:
+            file.write(tokenizer.to_json().encode())
+            entry = file.finish()
     return TokenizerEntry(
         spec=spec,
-        file=name,
-        sha256=digest,
+        file=entry,
         vocabulary_size=tokenizer.vocabulary_size,
         end_of_document=tokenizer.end_of_document,
     )
@@ -179,12 +177,9 @@ def load_tokenizer(dataset_directory: Path) -> Tokenizer:
         raise ValueError(f"{dataset_directory}: a dataset of images has no tokenizer; choose a dataset of tokens")
     if entry.file is None:
         return ByteTokenizer()
-    path = dataset_directory / entry.file
-    check_name(dataset_directory, path)
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise CorruptData(f"{path}: altered since the dataset was prepared; {RESTORE}")
-    return SubwordTokenizer(_parse(content, str(path)), entry.end_of_document)
+    file = CheckedFile(dataset_directory, entry.file)
+    file.check_all()
+    return SubwordTokenizer(_parse(bytes(file.map), str(file.path)), entry.end_of_document)
 
 
 def _one_line(error: Exception) -> str:
