@@ -201,7 +201,9 @@ class Classification:
         logits = model(self._normalise(batch["images"]))
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
         cells = labels * self.classes + logits.argmax(dim=1)  # (true class, predicted class) as one index
-        confusion = torch.bincount(cells, minlength=self.classes**2).view(self.classes, self.classes)
+        # index_add rather than bincount, which waits for the device to learn the size of its result.
+        counts = torch.zeros(self.classes**2, dtype=torch.int64, device=labels.device)
+        confusion = counts.index_add(0, cells, torch.ones_like(cells)).view(self.classes, self.classes)
         return {"loss_sum": losses.sum(dtype=torch.float64), "confusion": confusion}
 
     def summarise(self, sums: Mapping[str, Tensor]) -> dict[str, float]:

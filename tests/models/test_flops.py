@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from model_helpers import IMAGE_SHAPE, TEXT_SHAPE, TINY_GPT, make
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.build import InputShape, build_model
@@ -104,3 +105,17 @@ def test_peaks(name, bf16, fp32):
     assert peak_flops(name, torch.bfloat16) == pytest.approx(bf16)
     assert peak_flops(name, torch.float32) == pytest.approx(fp32)
     assert peak_flops(name, torch.float64) is None
+
+
+@pytest.mark.parametrize("kind", ["language_modelling", "classification"])
+def test_a_task_that_was_counted_with_still_works_on_real_tensors(kind):
+    text = kind == "language_modelling"
+    shape, settings = (TEXT_SHAPE, TINY_GPT) if text else (IMAGE_SHAPE, {"kind": "lenet5"})
+    task = build_task(TaskConfig(kind=kind), classes=10, token_bytes=torch.ones(50, dtype=torch.int64))
+    model = make(settings, shape)
+    batch = task.example(shape, 2)
+    expected = task.summarise(task.evaluate(model, batch))
+    assert training_flops_per_sample(lambda: build_model(parse_model(settings), shape), task, shape) > 0
+    with torch.device("meta"):
+        task.evaluate(build_model(parse_model(settings), shape), task.example(shape, 2, device="meta"))
+    assert task.summarise(task.evaluate(model, batch)) == expected
