@@ -98,8 +98,8 @@ import sys
 from launch.console import Progress
 progress = Progress("auto", 3, 1, "token", sys.stderr)
 for step in (1, 2, 3):
-    progress.update({"step": step, "loss": 2.5, "step_seconds": 0.5, "data_wait_seconds": 0.0, "items_per_second": 1200.0,
-                     "mfu": 0.4, "skipped": False})
+    progress.update({"step": step, "loss": 2.5, "step_seconds": 0.5, "data_wait_seconds": 0.0,
+                     "items_per_second": 1200.0, "mfu": 0.4, "skipped": False})
     if step == 2:
         progress.message("saved [bold]step 2[/bold]")
 progress.close()
