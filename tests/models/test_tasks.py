@@ -104,7 +104,7 @@ def test_sums_of_ragged_parts_are_the_whole_and_a_mean_of_means_is_not():
 
 
 def test_language_modelling_metrics():
-    token_bytes = np.array([0, *range(1, 50)], dtype=np.int64)  # token 0 is special and stands for no text
+    token_bytes = np.array([*range(1, 50), 0], dtype=np.int64)  # the last token is special and stands for no text
     task = build_task(TEXT, token_bytes=token_bytes)
     batch = ragged_batch()
     batch["tokens"] = batch["tokens"].to(torch.uint16)
