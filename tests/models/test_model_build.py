@@ -160,7 +160,7 @@ def test_the_cifar_shortcut_keeps_every_second_pixel_and_pads_with_zeros():
         ({"kind": "own_model:bilud"}, IMAGE_SHAPE, "own_model has no function 'bilud'"),
         ({"kind": "own_model:NOT_A_FUNCTION"}, IMAGE_SHAPE, "has no function 'NOT_A_FUNCTION'"),
         ({"kind": "own_model:build_text"}, IMAGE_SHAPE, "returned a str, not a torch.nn.Module"),
-        ({"kind": "own_model:build_bare"}, IMAGE_SHAPE, r"Linear has no method blocks\(\)"),
+        ({"kind": "own_model:build_partial"}, IMAGE_SHAPE, r"Partial has no method initialise_parameter\(\)"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_in_one_line(settings, shape, message):
