@@ -50,10 +50,7 @@ class Progress:
         self._bar = self._make_bar(first_step) if mode == "bar" else None
 
     def update(self, record: dict[str, Any]) -> None:
-        """Take a record of `metrics.jsonl`: a step's moves the progress, an evaluation's becomes a message."""
-        if "evaluation" in record:
-            self.message(_evaluation_text(record))
-            return
+        """Take the record of a committed step, as in `metrics.jsonl`."""
         seconds = record["step_seconds"]
         self._step_seconds += seconds
         self._wait_seconds += record["data_wait_seconds"]
@@ -131,11 +128,6 @@ class Progress:
         bar.add_task("", total=self._total_steps, completed=first_step - 1, text="starting")
         bar.start()
         return bar
-
-
-def _evaluation_text(record: dict[str, Any]) -> str:
-    numbers = "  ".join(f"{name} {_number(value)}" for name, value in record["evaluation"].items())
-    return f"step {record['step']}  evaluation: {numbers}"
 
 
 def _number(value: Any) -> str:

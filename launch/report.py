@@ -15,7 +15,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from launch.exit_codes import DO_NOT_RESTART, DONE, STOPPED_EARLY
-from launch.report_curves import SERIES_COLOURS, Chart, Curve, column, draw, scientific, short
+from launch.report_curves import BUCKETS, SERIES_COLOURS, Chart, Curve, column, draw, scientific, short
 from launch.tracking.metrics_file import read_metrics
 
 # What a page shows of long lists and texts; the rest is in the run's files, and the page says so.
@@ -325,6 +325,7 @@ def _render(runs: list[Run]) -> str:
         runs=[_describe(index, run) for index, run in enumerate(runs)],
         charts=_charts(runs),
         differences=_differences(runs),
+        any_band=any(len(run.steps) > BUCKETS for run in runs),
         any_restart=any(attempt.get("resumed_from_step") is not None for run in runs for attempt in run.attempts),
     )
 

@@ -97,9 +97,8 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
     steps, mean, low, high = decimate(curve.steps, curve.values)
     colour = _series(curve.colour)
     if curve.points:
-        axes.plot(
-            steps, mean, color=colour, linewidth=0.9, linestyle=(0, (4, 1.5)), marker="o", markersize=3.2, zorder=4
-        )
+        (line,) = axes.plot(steps, mean, color=colour, linewidth=0.9, linestyle=(0, (4, 1.5)), zorder=4)
+        line.set(marker="o", markersize=3.6, markeredgewidth=1.1, markerfacecolor=_CARD)
         return
     if low is not mean:
         axes.fill_between(steps, low, high, color=colour, alpha=0.22, linewidth=0)

@@ -266,6 +266,7 @@ def test_long_samples_and_many_evaluations_are_cut_and_it_is_said(tmp_path: Path
     assert "8 earlier ones are in samples.jsonl" in page.text
     assert "cut here; all of it is in samples.jsonl" in page.text
     assert "12 of 50; all of them are in metrics.jsonl" in page.text
+    assert "around the mean of neighbouring steps" in page.text
 
 
 def test_a_directory_without_a_run_is_an_error_in_one_line(tmp_path: Path) -> None:
