@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _POLL_SECONDS = 0.5
 
 
@@ -23,9 +24,10 @@ class StopRequest:
 
     def listen(self) -> None:
         """SIGTERM, SIGUSR1 and the first Ctrl-C set the flag; a second Ctrl-C interrupts at once."""
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGUSR1, self._on_signal)
-        signal.signal(signal.SIGINT, self._on_signal)
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+        # `lockstep train` starts its workers with these blocked, so that none comes before somebody listens.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def watch(self, file: Path) -> None:
         """Also stop once `file` exists; looked at no more than twice a second. For rank 0."""

@@ -12,6 +12,7 @@ import time
 from types import FrameType
 
 from launch.exit_codes import DO_NOT_RESTART, DONE, FAILED, STOPPED_EARLY, USAGE
+from launch.stopping import STOP_SIGNALS
 from launch.train import SUPERVISOR_PIPE
 
 _POLL_SECONDS = 0.05
@@ -36,10 +37,12 @@ def default_workers(device: str) -> int:
 
 def supervise(arguments: list[str], workers: int) -> int:
     """Runs `workers` workers with these arguments to their end and returns the run's exit code."""
+    # Workers inherit the block and lift it once they listen: a request to stop is heard, however early it comes.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     group = _WorkerGroup(arguments, workers)
-    signal.signal(signal.SIGINT, group.on_signal)
-    signal.signal(signal.SIGTERM, group.on_signal)
-    signal.signal(signal.SIGUSR1, group.on_signal)
+    for number in STOP_SIGNALS:
+        signal.signal(number, group.on_signal)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     return group.wait()
 
 
@@ -48,6 +51,7 @@ class _WorkerGroup:
 
     def __init__(self, arguments: list[str], workers: int) -> None:
         self._interrupted = False
+        self._killed: set[int] = set()
         # Nobody ever writes: the workers see the end of the pipe when this process is gone, however it went.
         self._pipe = os.pipe()
         port = _free_port()
@@ -73,7 +77,7 @@ class _WorkerGroup:
             time.sleep(_POLL_SECONDS)
         codes = [process.returncode for process in self._processes]
         for rank, code in enumerate(codes):
-            if code < 0 and not (self._interrupted or (deadline is not None and _killed_by_us(code))):
+            if code < 0 and rank not in self._killed:
                 print(f"lockstep: worker {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr)
         return _run_exit_code(codes)
 
@@ -100,13 +104,10 @@ class _WorkerGroup:
         )
 
     def _kill(self) -> None:
-        for process in self._processes:
+        for rank, process in enumerate(self._processes):
             if process.poll() is None:
                 process.kill()
-
-
-def _killed_by_us(code: int) -> bool:
-    return code == -signal.SIGKILL
+                self._killed.add(rank)
 
 
 def _run_exit_code(codes: list[int]) -> int:
