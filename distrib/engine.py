@@ -11,9 +11,12 @@ from torch import nn
 
 
 class LossSum(Protocol):
-    """What a task returns for a micro-batch: the sum of its losses (scalar, with gradient)."""
+    """What a task returns for a micro-batch."""
 
-    total: torch.Tensor
+    @property
+    def total(self) -> torch.Tensor:
+        """Scalar: the sum of the micro-batch's losses, with gradient."""
+        ...
 
 
 class MicroBatch(Protocol):

@@ -14,17 +14,26 @@ from distrib.keys import key64
 def make_initialised_model(make_model: Callable[[], nn.Module], seed: int, device: torch.device) -> nn.Module:
     """Builds a model on `device` with its initial values.
 
-    A model that offers `initialise_parameter(name, parameter, generator)` and `initialise_buffers()` is built on the meta
-    device first, so its weights exist once. Any other module is built on the CPU and initialised by its submodules' own
-    `reset_parameters`, each under a random state of its own.
+    A model that offers `initialise_parameter(name, parameter, generator)` and `initialise_buffers()` is built on the
+    meta device first, so its weights exist once. Any other module is built on the CPU and initialised by its submodules'
+    own `reset_parameters`, each under a random state of its own.
     """
-    with torch.device("meta"):
-        model = make_model()
-    if hasattr(model, "initialise_parameter"):
+    if _initialises_by_name(make_model):
+        with torch.device("meta"):
+            model = make_model()
         model.to_empty(device=device)
         _initialise_by_name(model, seed)
         return model
     return _build_and_reset(make_model, seed).to(device)
+
+
+def _initialises_by_name(make_model: Callable[[], nn.Module]) -> bool:
+    try:
+        with torch.device("meta"):
+            return hasattr(make_model(), "initialise_parameter")
+    except (NotImplementedError, RuntimeError):
+        # A user's constructor that reads values of tensors cannot run without them; such a model is built for real.
+        return False
 
 
 def parameter_generator(seed: int, name: str, shape: torch.Size) -> torch.Generator:

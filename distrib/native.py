@@ -48,12 +48,7 @@ class NativeEngine:
         self._parameters = [p for p in self._module.parameters() if p.requires_grad]
         self._replicated: nn.Module = self._module
         if world.size > 1:
-            # A convolution with one input channel has two equal descriptions of its strides; DDP warns that they differ.
-            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-            # Buffers are not broadcast: a step must not depend on rank 0's running statistics.
-            self._replicated = DistributedDataParallel(
-                self._module, process_group=world.data_group, gradient_as_bucket_view=True, broadcast_buffers=False
-            )
+            self._replicated = _replicate(self._module, world)
         self._optimizer = make_optimizer(optimizer, self._module.named_parameters())
         self._optimizer_kind = optimizer.kind
         self.steps_done = 0
@@ -166,3 +161,15 @@ class NativeEngine:
         if isinstance(self._replicated, DistributedDataParallel):
             return self._replicated.no_sync()
         return contextlib.nullcontext()
+
+
+def _replicate(module: nn.Module, world: World) -> nn.Module:
+    # A convolution with one input channel has two equal descriptions of its strides; DDP warns that they differ.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    with warnings.catch_warnings():
+        # Newer versions rename `broadcast_buffers`; the oldest supported one knows no other name.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        # Buffers are not broadcast: a step must not depend on rank 0's running statistics.
+        return DistributedDataParallel(
+            module, process_group=world.data_group, gradient_as_bucket_view=True, broadcast_buffers=False
+        )

@@ -118,7 +118,7 @@ def _write_file(path: Path, items: list[WriteItem], planner: SavePlanner) -> dic
             tensor = planner.resolve_data(item)
             assert isinstance(tensor, torch.Tensor)
             flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-            write(memoryview(flat.numpy()))
+            write(flat.numpy().data)
         file.flush()
         os.fsync(file.fileno())
     assert written == 8 + len(encoded) + offset

@@ -80,10 +80,16 @@ def join_world(device_kind: str = "auto", timeout_seconds: float = 600.0) -> Wor
     timeout = timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    return world_of_group(local_rank, device, timeout)
+
+
+def world_of_group(local_rank: int, device: torch.device, timeout: timedelta) -> World:
+    """The world of the default process group, which must exist: its mesh and the groups that threads need for themselves."""
+    size = dist.get_world_size()
     mesh = init_device_mesh(device.type, (size, 1), mesh_dim_names=("replicate", "shard"))
     host_group = dist.new_group(backend="gloo", timeout=timeout)
     prefetch_group = dist.new_group(backend="gloo", timeout=timeout)
-    return World(rank, size, local_rank, device, mesh, host_group, prefetch_group)
+    return World(dist.get_rank(), size, local_rank, device, mesh, host_group, prefetch_group)
 
 
 def single_process_world(device_kind: str = "auto") -> World:

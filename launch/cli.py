@@ -13,6 +13,8 @@ from launch.exit_codes import DO_NOT_RESTART, STOPPED_EARLY, USAGE
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
+    # A user's own model lies where they stand, as it does for `python -m launch.train`; last, so that it shadows nothing.
+    sys.path.append(str(Path.cwd()))
     arguments = parse_with_overrides(_make_parser(), argv)
     try:
         return arguments.run(arguments)

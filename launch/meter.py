@@ -12,11 +12,14 @@ import torch
 class Meter:
     """Turns the clock into the cost columns of a step's record."""
 
-    def __init__(self, device: torch.device, *, flops_per_item: float, peak_flops: float | None, ranks: int) -> None:
+    def __init__(
+        self, device: torch.device, *, flops_per_item: float | None, peak_flops: float | None, ranks: int
+    ) -> None:
         self._device = device
-        self._flops_per_item = flops_per_item
-        # Over all ranks; None where the device's peak is unknown, never another device's.
-        self._peak_flops = None if peak_flops is None else peak_flops * ranks
+        # Utilisation of all ranks at one item per second; None where the device's peak or the model's FLOPs are unknown.
+        self._mfu_per_rate = (
+            None if peak_flops is None or flops_per_item is None else flops_per_item / (peak_flops * ranks)
+        )
         self._last = time.perf_counter()
 
     def restart(self) -> None:
@@ -28,7 +31,7 @@ class Meter:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         items_per_second = items / seconds
-        mfu = None if self._peak_flops is None else items_per_second * self._flops_per_item / self._peak_flops
+        mfu = None if self._mfu_per_rate is None else items_per_second * self._mfu_per_rate
         return {
             "step_seconds": seconds,
             "items_per_second": items_per_second,

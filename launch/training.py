@@ -183,7 +183,7 @@ def _begin(attempt: Attempt) -> None:
         attempt.progress = Progress(
             config.tracking.progress,
             config.run.steps,
-            attempt.ledger.step,
+            attempt.ledger.step + 1,
             attempt.materials.item_name,
             interval_seconds=config.tracking.progress_seconds,
         )
@@ -260,15 +260,17 @@ def _example_micro_batch(attempt: Attempt) -> Any:
 def _make_meter(attempt: Attempt) -> Meter:
     """Says the sizes that a run depends on, and prepares to measure against them."""
     config, world, materials = attempt.config, attempt.world, attempt.materials
-    flops_per_sample = training_flops_per_sample(materials.make_model, materials.task, materials.shape)
-    items_per_sample = materials.task.items(materials.task.example(materials.shape, 1))
-    flops_per_item = flops_per_sample / items_per_sample
+    flops_per_item = _flops_per_item(attempt)
     peak = peak_flops(_device_name(world.device), _PRECISION_DTYPES[config.parallel.precision])
     batch, largest_part = config.batch, -(-config.batch.global_samples // world.data_size)
     accumulation = -(-largest_part // batch.micro_samples)
     attempt.say(
         f"model {config.model.kind}: {count_parameters(attempt.engine.module):,} parameters, "
-        f"{flops_per_item / 1e6:,.1f} MFLOP per {materials.item_name}"
+        + (
+            "FLOPs unknown"
+            if flops_per_item is None
+            else f"{flops_per_item / 1e6:,.1f} MFLOP per {materials.item_name}"
+        )
     )
     attempt.say(
         f"batch: {batch.global_samples} samples = {world.data_size} ranks x up to {min(batch.micro_samples, largest_part)} "
@@ -279,6 +281,20 @@ def _make_meter(attempt: Attempt) -> Meter:
     if peak is None:
         log.info("MFU is not reported: the peak of %s is unknown", _device_name(world.device))
     return Meter(world.device, flops_per_item=flops_per_item, peak_flops=peak, ranks=world.data_size)
+
+
+def _flops_per_item(attempt: Attempt) -> float | None:
+    """None for a user's own model that cannot be counted, which is told: a guess would make MFU a lie."""
+    materials = attempt.materials
+    try:
+        flops = training_flops_per_sample(materials.make_model, materials.task, materials.shape)
+    except (NotImplementedError, RuntimeError) as error:
+        if ":" not in attempt.config.model.kind:
+            raise
+        reason = str(error).split("\n")[0]
+        attempt.say(f"the FLOPs of {attempt.config.model.kind} are not counted: it fails on the meta device ({reason})")
+        return None
+    return flops / materials.task.items(materials.task.example(materials.shape, 1))
 
 
 def _device_name(device: torch.device) -> str:

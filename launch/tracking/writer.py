@@ -79,9 +79,9 @@ class TensorBoardWriter:
     """Event files, by TensorBoard's own writer: torch's would load torch for it."""
 
     def __init__(self, header: dict[str, Any]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
-        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self.url: str | None = None
         self._event, self._session_log, self._summary = Event, SessionLog, Summary

@@ -1,0 +1,23 @@
+"""Shared by all tests: a session-wide pool of gloo worker processes, so that a distributed test costs no interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Several processes share two cores: without this each would start a thread per core. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test may reach for a hub or a tracker's servers.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+from tests.gloo_pool import GlooPool
+
+
+@pytest.fixture(scope="session")
+def gloo_pool() -> Iterator[GlooPool]:
+    pool = GlooPool(size=4)
+    yield pool
+    pool.close()

@@ -1,0 +1,179 @@
+"""Small training runs for engine tests: a tiny GPT on ragged masks, under the native engine or a float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from data.stream import Share
+from distrib.config import OptimizerConfig, ScheduleConfig
+from distrib.initialisation import make_initialised_model
+from distrib.native import NativeEngine
+from distrib.reduction import report_step
+from distrib.world import World
+from models.build import InputShape, build_model
+from models.config import TaskConfig, TransformerConfig
+from models.tasks import build_task
+
+STEPS = 12
+SEED = 3
+VOCABULARY, SEQUENCE_TOKENS = 61, 12
+MODEL = TransformerConfig(layers=2, width=32, heads=2)
+SHAPE = InputShape(vocabulary_size=VOCABULARY, sequence_tokens=SEQUENCE_TOKENS)
+TASK = build_task(TaskConfig(kind="language_modelling"))
+ADAMW_CLIPPED = OptimizerConfig(lr=1e-3, clip_norm=0.5)
+SGD_UNCLIPPED = OptimizerConfig(kind="sgd", lr=1e-3, clip_norm=None, weight_decay=0.01)
+CONSTANT = ScheduleConfig(kind="constant")
+
+# (loss, gradient norm before clipping) of every step
+Curve = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    tensors: dict[str, torch.Tensor]
+    first_position: int
+    weight: float = 1.0
+    fold: int = 0
+
+
+def global_batch(step: int, samples: int = 7) -> dict[str, torch.Tensor]:
+    """Learnable tokens under very ragged masks: the first sample has one target, the last has all."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    start = torch.randint(VOCABULARY, (samples, 1), generator=generator)
+    tokens = (start + 3 * torch.arange(SEQUENCE_TOKENS + 1)) % VOCABULARY
+    lengths = torch.linspace(1, SEQUENCE_TOKENS, samples).long()
+    return {"tokens": tokens, "loss_mask": torch.arange(SEQUENCE_TOKENS) < lengths[:, None]}
+
+
+def share_of(
+    batch: Mapping[str, torch.Tensor], step: int, rank: int, world_size: int, micro_samples: int
+) -> list[Batch]:
+    """This rank's micro-batches of a global batch, cut as the stream cuts them."""
+    samples = len(batch["tokens"])
+    share = Share.of(samples, rank, world_size, micro_samples)
+    micro_batches = []
+    for number, (start, stop) in enumerate(zip(share.cuts, share.cuts[1:], strict=False)):
+        rows = torch.from_numpy(share.offsets[start:stop])
+        weight = 1.0 if number < share.real else 0.0
+        tensors = {name: tensor[rows] for name, tensor in batch.items()}
+        micro_batches.append(Batch(tensors, step * samples + int(rows[0]), weight))
+    return micro_batches
+
+
+def make_engine(
+    world: World,
+    optimizer: OptimizerConfig,
+    engine_class: type[NativeEngine] = NativeEngine,
+    model: TransformerConfig = MODEL,
+    precision: str = "fp32",
+) -> NativeEngine:
+    return engine_class(
+        lambda: make_initialised_model(lambda: build_model(model, SHAPE), SEED, world.device),
+        TASK.loss,
+        world=world,
+        optimizer=optimizer,
+        schedule=CONSTANT,
+        steps=STEPS,
+        seed=SEED,
+        precision=precision,
+    )
+
+
+def take_step(engine: NativeEngine, step: int, micro_samples: int) -> tuple[float, float]:
+    world = engine.world
+    batch = global_batch(step)
+    items = TASK.items(batch)
+    micro_batches = share_of(batch, step, world.data_rank, world.data_size, micro_samples)
+    result = engine.step(micro_batches, items)
+    report = report_step(result, fold=0, stop_requested=False, data_wait_seconds=0.0, world=world).read()
+    return report.loss_sum / items, report.gradient_norm
+
+
+def curve(
+    world: World,
+    optimizer: OptimizerConfig,
+    micro_samples: int,
+    engine_class: type[NativeEngine] = NativeEngine,
+    model: TransformerConfig = MODEL,
+    precision: str = "fp32",
+) -> Curve:
+    engine = make_engine(world, optimizer, engine_class, model, precision)
+    engine.dry_run(share_of(global_batch(0), 0, 0, 1, micro_samples)[0])
+    return [take_step(engine, step, micro_samples) for step in range(STEPS)]
+
+
+def reference_curve(optimizer: OptimizerConfig, decay_everything: bool = False) -> Curve:
+    """The same run in float64: one process, one batch, PyTorch's plain optimizers."""
+    model = make_initialised_model(lambda: build_model(MODEL, SHAPE), SEED, torch.device("cpu")).double()
+    decayed = [p for p in model.parameters() if p.ndim >= 2 or decay_everything]
+    undecayed = [p for p in model.parameters() if not (p.ndim >= 2 or decay_everything)]
+    groups = [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    update: torch.optim.Optimizer
+    if optimizer.kind == "adamw":
+        update = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.epsilon, foreach=False)
+    else:
+        update = torch.optim.SGD(groups, lr=optimizer.lr, momentum=optimizer.momentum, foreach=False)
+    points: Curve = []
+    for step in range(STEPS):
+        batch = global_batch(step)
+        logits = model(batch["tokens"][:, :-1]).double()
+        targets = batch["tokens"][:, 1:].masked_fill(~batch["loss_mask"], -100)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        update.zero_grad()
+        loss.backward()
+        norm = torch.sqrt(
+            sum((p.grad.square().sum() for p in model.parameters() if p.grad is not None), torch.tensor(0.0))
+        )
+        if optimizer.clip_norm is not None and norm > optimizer.clip_norm:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(optimizer.clip_norm / norm)
+        update.step()
+        points.append((loss.item(), norm.item()))
+    return points
+
+
+class HalvedGradient(NativeEngine):
+    """A wrong engine: its gradient is half of what it should be."""
+
+    def step(self, micro_batches, items):  # type: ignore[no-untyped-def]
+        return super().step(micro_batches, 2 * items)
+
+
+class MeanOfMeans(NativeEngine):
+    """A wrong engine: each micro-batch's mean counts the same, however many items it has."""
+
+    def step(self, micro_batches, items):  # type: ignore[no-untyped-def]
+        self._count = len(micro_batches)
+        return super().step(micro_batches, items)
+
+    def _forward_backward(self, micro_batch, scale):  # type: ignore[no-untyped-def]
+        loss = self._loss(self._replicated, micro_batch.tensors)
+        (loss.total / loss.items * micro_batch.weight / getattr(self, "_count", 1)).backward()
+        return loss.total.detach().double() * micro_batch.weight
+
+
+class PerRankClip(NativeEngine):
+    """A wrong engine: each rank clips its own gradient before they are summed."""
+
+    def step(self, micro_batches, items):  # type: ignore[no-untyped-def]
+        with self._without_communication():
+            for micro_batch in micro_batches[:-1]:
+                self._forward_backward(micro_batch, self.world.data_size / items)
+            loss_sum = self._forward_backward(micro_batches[-1], self.world.data_size / items)
+        self._clip()
+        for parameter in self._parameters:
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= self.world.data_size
+        norm, skipped = self._clip()
+        self._update(self._peak_lr, skipped)
+        self.steps_done += 1
+        from distrib.engine import StepResult
+
+        return StepResult(loss_sum, norm, skipped, self._peak_lr)
