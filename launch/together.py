@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from data.errors import CorruptData
+from distrib.manifest import BadCheckpoint
 from distrib.world import World
 from launch.exit_codes import DO_NOT_RESTART, USAGE, RunEnded
 
@@ -20,7 +21,7 @@ def together(world: World, action: Callable[[], _Result]) -> _Result:
         result.append(action())
     except RunEnded as error:
         failure = (str(error), error.exit_code)
-    except CorruptData as error:
+    except (CorruptData, BadCheckpoint) as error:
         failure = (str(error), DO_NOT_RESTART)
     except ValueError as error:
         failure = (str(error), USAGE)
