@@ -15,7 +15,7 @@ from typing import Any
 FORMAT_VERSION = 1
 MANIFEST_NAME = "MANIFEST.json"
 _PUBLISHED = re.compile(r"step-(\d{8,})")
-_TEMPORARY = ".tmp-"
+TEMPORARY_PREFIX = ".tmp-"
 _READ_BYTES = 1 << 22
 
 
@@ -107,7 +107,7 @@ def sha256_of_file(path: Path) -> str:
 
 def new_temporary(root: Path, step: int) -> Path:
     """A directory of its own for a checkpoint that is being written."""
-    path = root / f"{_TEMPORARY}{checkpoint_name(step)}-{uuid.uuid4().hex[:12]}"
+    path = root / f"{TEMPORARY_PREFIX}{checkpoint_name(step)}-{uuid.uuid4().hex[:12]}"
     path.mkdir(parents=True)
     return path
 
@@ -125,7 +125,7 @@ def publish(temporary: Path, root: Path, step: int) -> Path:
 
 def remove(directory: Path) -> None:
     """Deletes a checkpoint. It loses its name first, so that no half-deleted one can ever be found."""
-    doomed = directory.with_name(f"{_TEMPORARY}deleted-{uuid.uuid4().hex[:12]}")
+    doomed = directory.with_name(f"{TEMPORARY_PREFIX}deleted-{uuid.uuid4().hex[:12]}")
     directory.rename(doomed)
     shutil.rmtree(doomed)
 
@@ -133,7 +133,7 @@ def remove(directory: Path) -> None:
 def remove_temporaries(root: Path) -> None:
     """Clears what earlier attempts left half-written or half-deleted. Only for the one process that owns the run."""
     if root.is_dir():
-        for path in root.glob(f"{_TEMPORARY}*"):
+        for path in root.glob(f"{TEMPORARY_PREFIX}*"):
             shutil.rmtree(path)
 
 
@@ -156,7 +156,7 @@ def retire(root: Path, keep_last: int, keep_every_steps: int | None) -> None:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Replaces a file atomically: a temporary beside it, fsync, rename, fsync of the directory."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{uuid.uuid4().hex[:12]}")
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:12]}")
     try:
         with temporary.open("wb") as file:
             file.write(content)

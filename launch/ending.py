@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 
@@ -11,10 +12,12 @@ import torch.distributed as dist
 
 from data.errors import CorruptData
 from launch.exit_codes import DO_NOT_RESTART, DONE, FAILED, STOPPED_EARLY, RunEnded
-from launch.run_directory import RunDirectory
+from launch.run_directory import OUTCOME_FILE, RunDirectory
 
 # What gloo and NCCL say when another worker is gone; the cause is in that worker's own words.
 _PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+# What torch says when the host, rather than an accelerator, has no memory left: it has no type of its own.
+_HOST_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 _GRACE_SECONDS = 1.0
 
 
@@ -38,8 +41,9 @@ def ending_of_failure(error: BaseException) -> Ending:
         return Ending(error.exit_code, str(error), told_by_all=error.told_by_all)
     if isinstance(error, CorruptData):
         return Ending(DO_NOT_RESTART, str(error))
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        first_line = str(error).split("\n")[0] or "no memory left"
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or _HOST_OUT_OF_MEMORY in text:
+        first_line = text[max(0, text.find(_HOST_OUT_OF_MEMORY)) :].split("\n")[0] or "no memory left"
         return Ending(DO_NOT_RESTART, f"out of memory: {first_line}; lower batch.micro_samples or the model's size")
     if isinstance(error, KeyboardInterrupt):
         return Ending(FAILED, "interrupted at once; what was saved last is intact")
@@ -68,18 +72,24 @@ def write_outcome(run: RunDirectory, ending: Ending, *, rank: int, step: int, se
         time.sleep(_GRACE_SECONDS)
         if _already_told(run):
             return
-    run.write_json(
-        "outcome.json",
-        {
-            "exit_code": ending.exit_code,
-            "reason": ending.reason,
-            "step": step,
-            "attempt": run.attempt,
-            "seconds": round(seconds, 3),
-        },
-    )
+    outcome = {
+        "exit_code": ending.exit_code,
+        "reason": ending.reason,
+        "step": step,
+        "attempt": run.attempt,
+        "seconds": round(seconds, 3),
+    }
+    try:
+        run.write_json(OUTCOME_FILE, outcome)
+    except OSError as error:
+        # A full disk must not hide why the attempt ended: the reason and the exit code still reach who started it.
+        print(
+            f"lockstep: warning: {run.path / OUTCOME_FILE}: cannot be written ({error.strerror})",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _already_told(run: RunDirectory) -> bool:
-    path = run.path / "outcome.json"
+    path = run.path / OUTCOME_FILE
     return path.exists() and json.loads(path.read_text())["attempt"] == run.attempt

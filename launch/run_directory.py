@@ -15,11 +15,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from distrib.manifest import MANIFEST_NAME, published_checkpoints, write_durably
+from distrib.manifest import MANIFEST_NAME, TEMPORARY_PREFIX, published_checkpoints, write_durably
 from launch.config import RunConfig
 
 RUNS = Path("runs")
 STOP_FILE = "stop"
+OUTCOME_FILE = "outcome.json"
 _VERSIONS = ("torch", "numpy", "lockstep", "safetensors", "pyarrow", "tokenizers", "datasets", "wandb", "tensorboard")
 
 
@@ -122,11 +123,15 @@ def claim(config: RunConfig, resume: Resume) -> RunDirectory:
             "attempts": [],
         }
     (path / STOP_FILE).unlink(missing_ok=True)
+    for half_written in path.glob(f"{TEMPORARY_PREFIX}*"):
+        half_written.unlink()
     return RunDirectory(path, identity, lock)
 
 
 def begin_attempt(run: RunDirectory, **facts: Any) -> None:
     """Adds an attempt to run.json; before its first step."""
+    # An attempt that is killed cannot say how it ended; what an earlier one said must not be taken for its word.
+    (run.path / OUTCOME_FILE).unlink(missing_ok=True)
     run.identity["attempts"].append({"attempt": run.attempt + 1, "started": _now(), **facts})
     run.write_json("run.json", run.identity)
 
