@@ -75,7 +75,9 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Path:
                 _prepare_in_place(directory, config, progress)
     except OSError as error:
         if error.errno in UNWRITABLE:
-            raise ValueError(f"{directory}: cannot be written ({error.strerror}); set data.directory") from error
+            raise ValueError(
+                f"{directory}: cannot be written ({error.filename}: {error.strerror}); set data.directory"
+            ) from error
         raise
     return directory
 

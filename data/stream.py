@@ -51,6 +51,11 @@ class GlobalStep:
     items: int
     micro_batches: tuple[MicroBatch, ...]
 
+    @property
+    def fold(self) -> int:
+        """The wrapping sum of the micro-batches' folds, which fits an int64 tensor."""
+        return to_int64(sum(batch.fold for batch in self.micro_batches))
+
 
 @dataclass(frozen=True)
 class Share:

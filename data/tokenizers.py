@@ -83,7 +83,8 @@ class SubwordTokenizer(Tokenizer):
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._backend.decode([int(token) for token in ids], skip_special_tokens=True))
+        text = [int(token) for token in ids if token != self.end_of_document]
+        return str(self._backend.decode(text, skip_special_tokens=True))
 
     def token_bytes(self) -> npt.NDArray[np.int64]:
         lengths = np.zeros(self.vocabulary_size, dtype=np.int64)
@@ -98,6 +99,7 @@ class SubwordTokenizer(Tokenizer):
                 lengths[number] = 1  # a byte that the vocabulary has no character for, such as <0x0A>
             else:
                 lengths[number] = len(token.replace("\u2581", " ").removeprefix("##").encode())
+        lengths[self.end_of_document] = 0
         return lengths
 
     def to_json(self) -> str:

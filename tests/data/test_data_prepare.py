@@ -1,0 +1,227 @@
+"""Preparation: whole or not at all, the same bytes every time, and a split that does not look at order."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from data_helpers import lorem, token_config, write_jsonl
+
+from data.build import split_of
+from data.config import DataConfig
+from data.dataset import open_dataset
+from data.errors import CorruptData
+from data.manifest import read_manifest
+from data.prepare import prepare, prepared_directory
+
+# `stop` is the number of documents after which the process reports where it is and waits to be killed.
+PREPARE = """
+import sys, time
+from pathlib import Path
+from data.config import DataConfig
+from data.prepare import prepare
+source, directory, stop = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+import data.build
+data.build.GROUP_CHARACTERS = 5000
+
+def progress(documents, size_bytes):
+    if stop and documents >= stop:
+        print("reached", documents, flush=True)
+        time.sleep(600)
+
+config = DataConfig(source=source, directory=directory, validation_fraction=0.2, shard_bytes=20000)
+print(prepare(config, progress=progress))
+"""
+
+
+def start(source: str, directory: Path, stop: int = 0) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", PREPARE, source, str(directory), str(stop)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_killed_at_any_moment_and_started_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    source = f"jsonl:{write_jsonl(tmp_path / 'corpus.jsonl', [lorem(number) for number in range(900)])}#text"
+    whole = tmp_path / "whole"
+    assert start(source, whole).wait() == 0
+    killed = tmp_path / "killed"
+    for stop in (1, 300, 899):
+        process = start(source, killed, stop)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("reached")
+        assert [path.name for path in tmp_path.glob(".killed.preparing-*")] == [f".killed.preparing-{process.pid}"]
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not killed.exists()
+        with pytest.raises(ValueError, match="not a prepared dataset"):
+            read_manifest(killed)
+    assert start(source, killed).wait() == 0
+    assert contents(killed) == contents(whole)
+    assert len(contents(whole)) > 8
+    assert list(tmp_path.glob(".killed.preparing-*")) == []
+
+
+def test_several_processes_at_once_make_one_dataset(tmp_path: Path) -> None:
+    source = f"jsonl:{write_jsonl(tmp_path / 'corpus.jsonl', [lorem(number) for number in range(2000)])}#text"
+    processes = [start(source, tmp_path / "shared") for _ in range(3)]
+    printed = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], printed
+    assert {out.strip() for out, _ in printed} == {str(tmp_path / "shared")}
+    config = DataConfig(sequence_tokens=16)
+    assert open_dataset(tmp_path / "shared", config, "train").samples > 1000
+    assert list(tmp_path.glob(".shared.preparing-*")) == []
+
+
+def test_a_prepared_dataset_is_used_as_it_is(tmp_path: Path) -> None:
+    config = token_config(tmp_path)
+    directory = prepare(config)
+    before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
+    Path(config.source.removeprefix("jsonl:").removesuffix("#text")).unlink()  # not needed any more
+    assert prepare(config) == directory
+    assert {path.name: path.stat().st_mtime_ns for path in directory.iterdir()} == before
+    other = config.model_copy(update={"validation_fraction": 0.3})
+    with pytest.raises(ValueError, match=r"prepared with data.validation_fraction 0.2, but the recipe has 0.3"):
+        prepare(other)
+    assert contents(directory).keys() == before.keys()
+
+
+def test_what_lies_in_the_way_is_left_alone(tmp_path: Path) -> None:
+    config = token_config(tmp_path)
+    assert config.directory is not None
+    config.directory.mkdir()
+    (config.directory / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="not a prepared dataset"):
+        prepare(config)
+    assert (config.directory / "thesis.txt").read_text() == "precious"
+    (config.directory / "thesis.txt").unlink()
+    assert prepare(config) == config.directory  # an empty directory is no obstacle
+    (config.directory / "manifest.json").write_text("{")
+    with pytest.raises(CorruptData, match="altered or damaged"):
+        prepare(config)
+
+
+def test_the_derived_name_follows_all_that_determines_the_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = write_jsonl(tmp_path / "corpus.jsonl", [lorem(number) for number in range(60)])
+    config = DataConfig(source="jsonl:corpus.jsonl#text", validation_fraction=0.2)
+    changes = [
+        {"tokenizer": "bpe:300"},
+        {"validation_fraction": 0.3},
+        {"shard_bytes": 9000},
+        {"source": f"text:{source}"},
+    ]
+    names = {prepared_directory(config.model_copy(update=change)) for change in [{}, *changes]}
+    same = [{"sequence_tokens": 9}, {"prefetch_steps": 5}, {"image_size_pixels": 3}]
+    names |= {prepared_directory(config.model_copy(update=change)) for change in same}
+    assert len(names) == 5
+    first = prepare(config)
+    assert first.parent == Path("prepared")
+    assert first.name.startswith("jsonl-corpus-jsonl-text-")
+    write_jsonl(source, [lorem(number) for number in range(70)])
+    second = prepare(config)
+    assert second != first  # another corpus under the same name is another dataset
+    assert read_manifest(first).fingerprint != read_manifest(second).fingerprint
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text("1")
+    by_file = config.model_copy(update={"tokenizer": str(tokenizer)})
+    before = prepared_directory(by_file)
+    tokenizer.write_text("2")
+    assert prepared_directory(by_file) != before
+
+
+def test_the_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:
+    texts = [lorem(number) for number in range(60)]
+    fingerprints = []
+    for name in ("a", "b"):
+        source = write_jsonl(tmp_path / "corpus.jsonl", texts)
+        os.utime(source, ns=(time.time_ns(), 1 if name == "a" else 2))
+        config = DataConfig(source=f"jsonl:{source}#text", directory=tmp_path / name, validation_fraction=0.2)
+        fingerprints.append(read_manifest(prepare(config)).fingerprint)
+    assert fingerprints[0] == fingerprints[1]
+
+
+def test_the_split_does_not_depend_on_order_or_neighbours(tmp_path: Path) -> None:
+    texts = [lorem(number) for number in range(200)]
+    held_out = {text for text in texts if split_of(text.encode(), 0.2) == "validation"}
+    assert 20 < len(held_out) < 60
+    more = {text for text in texts if split_of(text.encode(), 0.3) == "validation"}
+    assert held_out < more  # a larger fraction only adds documents
+    random.Random(3).shuffle(texts)
+    for name, corpus in (("shuffled", texts), ("half", texts[:100])):
+        directory = tmp_path / name
+        source = write_jsonl(tmp_path / f"{name}.jsonl", corpus)
+        prepare(DataConfig(source=f"jsonl:{source}#text", directory=directory, validation_fraction=0.2))
+        stored = b"".join((directory / "validation-00000.bin").read_bytes()[::2].split(b"\x00"))
+        for text in corpus:
+            assert (text.encode() in stored) == (text in held_out)
+
+
+def test_shards_are_cut_at_document_ends(tmp_path: Path) -> None:
+    config = token_config(tmp_path, documents=100, shard_bytes=2000)
+    manifest = read_manifest(prepare(config))
+    shards = manifest.splits["train"].shards
+    assert len(shards) > 5
+    assert all(shard.data.bytes <= 2000 for shard in shards)
+    assert [shard.data.name for shard in shards] == [f"train-{number:05d}.bin" for number in range(len(shards))]
+    tiny = token_config(tmp_path, documents=100, shard_bytes=1, directory=tmp_path / "tiny")
+    assert all(shard.documents == 1 for shard in read_manifest(prepare(tiny)).splits["train"].shards)
+
+
+def test_progress_counts_documents_and_bytes(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    prepare(token_config(tmp_path), progress=lambda documents, size_bytes: calls.append((documents, size_bytes)))
+    assert calls[-1] == (60, sum(len(lorem(number).encode()) for number in range(60)))
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from data.config import DataConfig
+from data.prepare import prepare
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
+try:
+    prepare(DataConfig(source=sys.argv[1], directory=Path(sys.argv[2]), tokenizer=sys.argv[4], validation_fraction=0.2))
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("tokenizer", "limit_bytes"), [("bytes", 100_000), ("bytes", 5000), ("bpe:300", 5000)])
+def test_a_full_disk_leaves_nothing_but_what_was_there(tmp_path: Path, tokenizer: str, limit_bytes: int) -> None:
+    earlier = prepare(token_config(tmp_path, directory=tmp_path / "earlier"))
+    before = contents(earlier)
+    texts = [lorem(number) for number in range(2000)]
+    source = f"jsonl:{write_jsonl(tmp_path / 'large.jsonl', texts)}#text"
+    command = [sys.executable, "-c", LIMITED, source, str(tmp_path / "full"), str(limit_bytes), tokenizer]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    size_bytes = 2 * (tmp_path / "large.jsonl").stat().st_size
+    assert printed.startswith(f"{tmp_path / 'full'}: disk full after ")
+    assert f"up to {size_bytes} bytes are needed" in printed
+    assert printed.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["earlier"]
+    assert contents(earlier) == before
+
+
+def test_images_on_a_full_disk(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LIMITED, "digits", str(tmp_path / "full"), "20000", "bytes"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith(f"{tmp_path / 'full'}: disk full after ")
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = token_config(tmp_path, directory=tmp_path / "file" / "below")
+    with pytest.raises(ValueError, match=r"file/below: cannot be written \(.*/file: File exists\); set data.directory"):
+        prepare(config)
+    with pytest.raises(ValueError, match=r"file: no manifest\.json"):
+        prepare(token_config(tmp_path, directory=tmp_path / "file"))

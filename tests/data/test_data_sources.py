@@ -1,0 +1,250 @@
+"""Every source, read for real from small local files, and what each says of a file that is not what it should be."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_helpers import lorem, write_images, write_jsonl
+from PIL import Image
+
+from data.config import DataConfig
+from data.dataset import ImageDataset, open_dataset
+from data.manifest import read_manifest
+from data.prepare import prepare
+from data.shards import CheckedFile
+from data.tokenizers import load_tokenizer
+
+TEXTS = [lorem(number) for number in range(40)]
+
+
+def stored_texts(directory: Path) -> list[str]:
+    """Every document of a prepared dataset, from the shards and their document ends, as any other tool could."""
+    tokenizer, manifest = load_tokenizer(directory), read_manifest(directory)
+    texts = []
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            assert shard.docs is not None
+            tokens = np.fromfile(directory / shard.data.name, dtype=manifest.dtype)
+            start = 0
+            for end in np.fromfile(directory / shard.docs.name, dtype="<u8").tolist():
+                assert tokens[end - 1] == tokenizer.end_of_document
+                texts.append(tokenizer.decode(tokens[start:end].tolist()))
+                start = end
+            assert start == len(tokens) == shard.tokens
+    return texts
+
+
+def prepared(tmp_path: Path, source: str, **changes: object) -> Path:
+    values: dict[str, object] = {"source": source, "directory": tmp_path / "prepared", "validation_fraction": 0.25}
+    return prepare(DataConfig.model_validate(values | changes))
+
+
+def write_parquet(path: Path, texts: list[str]) -> Path:
+    pq.write_table(pa.table({"body": texts, "number": list(range(len(texts)))}), path, row_group_size=7)
+    return path
+
+
+def test_text_from_a_folder_a_pattern_and_a_file(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    for number, text in enumerate(TEXTS):
+        path = folder / f"part{number % 3}" / f"{number:02d}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (folder / "part0" / "empty.txt").touch()
+    (folder / ".hidden").write_bytes(b"\xff")
+    directory = prepared(tmp_path, f"text:{folder}")
+    assert sorted(stored_texts(directory)) == sorted(TEXTS)
+    assert read_manifest(directory).source.description == "41 files"
+    by_pattern = prepared(tmp_path, f"text:{folder}/*/*.txt", directory=tmp_path / "by-pattern")
+    assert sorted(stored_texts(by_pattern)) == sorted(TEXTS)
+    with pytest.raises(ValueError, match=r"no documents for .* with data.validation_fraction 0\.25"):
+        prepared(tmp_path, f"text:{folder}/part0/00.txt", directory=tmp_path / "one-file")
+
+
+def test_line_ends_and_unicode_are_kept(tmp_path: Path) -> None:
+    texts = ["a\r\nb\rc\n", "Grüße, 世界 🌍", "\ufeffmark", "x\0y"]
+    for number, text in enumerate(texts * 4):
+        (tmp_path / f"{number:02d}.txt").write_bytes((text + str(number)).encode())
+    directory = prepared(tmp_path, f"text:{tmp_path}/*.txt", validation_fraction=0.5)
+    assert sorted(stored_texts(directory)) == sorted(text + str(number) for number, text in enumerate(texts * 4))
+
+
+def test_jsonl_and_parquet(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    assert sorted(stored_texts(prepared(tmp_path, f"jsonl:{source}#text"))) == sorted(TEXTS)
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    write_parquet(folder / "a.parquet", TEXTS[:25])
+    write_parquet(folder / "b.parquet", TEXTS[25:])
+    directory = prepared(tmp_path, f"parquet:{folder}#body", directory=tmp_path / "from-parquet")
+    assert sorted(stored_texts(directory)) == sorted(TEXTS)
+
+
+def test_the_standard_library_is_there_without_tests(tmp_path: Path) -> None:
+    directory = prepared(tmp_path, "stdlib", shard_bytes=4_000_000, validation_fraction=0.05)
+    manifest = read_manifest(directory)
+    documents = sum(split.documents for split in manifest.splits.values())
+    assert 300 < documents < 2000
+    assert 0.01 < manifest.splits["validation"].documents / documents < 0.12
+    assert len(manifest.splits["train"].shards) > 2
+    assert "standard library of Python 3" in manifest.source.description
+
+
+def test_digits_are_pngs_of_eight_by_eight(tmp_path: Path) -> None:
+    config = DataConfig(source="digits", directory=tmp_path / "digits", validation_fraction=0.2)
+    directory = prepare(config)
+    train, held_out = (open_dataset(directory, config, split) for split in ("train", "validation"))
+    assert train.samples + held_out.samples == 1797
+    assert 250 < held_out.samples < 470
+    fields, hashes = train.gather(np.arange(train.samples))
+    assert fields["images"].shape == (train.samples, 1, 8, 8)
+    assert (fields["images"].min(), fields["images"].max()) == (0, 255)
+    assert np.bincount(fields["labels"]).min() > 100
+    assert train.facts.class_names == tuple("0123456789")
+    assert len(np.unique(hashes)) == train.samples
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_image_folders_keep_their_bytes_and_classes(tmp_path: Path, mode: str) -> None:
+    source = write_images(tmp_path / "photos", count=600, mode=mode)
+    (source / "LICENSE").write_text("not in a class")
+    directory = prepared(tmp_path, f"images:{source}", shard_bytes=60_000)
+    seen = {}
+    for split in ("train", "validation"):
+        dataset = open_dataset(directory, DataConfig(), split)  # type: ignore[arg-type]
+        assert isinstance(dataset, ImageDataset)
+        assert dataset.facts.class_names == ("cat", "dog")
+        assert (dataset.facts.channels, dataset.facts.image_size_pixels) == (len(mode), 12)
+        fields, _ = dataset.gather(np.arange(dataset.samples))
+        for image, label in zip(fields["images"], fields["labels"], strict=True):
+            seen[image.tobytes()] = int(label)
+    for path in source.glob("*/*"):
+        pixels = np.atleast_3d(np.asarray(Image.open(path))).transpose(2, 0, 1)
+        assert seen.pop(pixels.tobytes()) == int(path.parent.name == "dog")
+    assert seen == {}
+
+
+def test_images_of_many_shapes_need_a_size_and_are_resized_to_it(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "photos", count=16, size=(10, 6))
+    directory = prepared(tmp_path, f"images:{source}")
+    with pytest.raises(ValueError, match=r"set data\.image_size_pixels"):
+        open_dataset(directory, DataConfig(), "train")
+    config = DataConfig(image_size_pixels=5, image_channels=1)
+    fields, _ = open_dataset(directory, config, "train").gather(np.array([3, 0, 3]))
+    assert fields["images"].shape == (3, 1, 5, 5)
+    assert np.array_equal(fields["images"][0], fields["images"][2])
+    Image.new("L", (10, 6)).save(source / "cat" / "grey.png")
+    mixed = prepared(tmp_path, f"images:{source}", directory=tmp_path / "mixed")
+    with pytest.raises(ValueError, match=r"set data\.image_channels"):
+        open_dataset(mixed, DataConfig(image_size_pixels=5), "train")
+
+
+HUGGING_FACE = """
+import sys
+from pathlib import Path
+from data.config import DataConfig
+from data.prepare import prepare
+for number, source in enumerate(sys.argv[2:]):
+    try:
+        prepare(DataConfig(source=source, directory=Path(sys.argv[1]) / str(number), validation_fraction=0.25))
+        print("prepared")
+    except ValueError as error:
+        print(error)
+"""
+
+
+def hugging_face(root: Path, *sources: str) -> list[str]:
+    """Prepare source k as `root/k` in a process that may not use the network, and return what it says of each."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "hf")}
+    command = [sys.executable, "-c", HUGGING_FACE, str(root), *sources]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
+
+
+def test_hugging_face_texts_from_local_folders(tmp_path: Path) -> None:
+    tables, lines = tmp_path / "tables", tmp_path / "lines"
+    tables.mkdir()
+    lines.mkdir()
+    write_parquet(tables / "train.parquet", TEXTS[:30])
+    write_parquet(tables / "test.parquet", TEXTS[30:])
+    write_jsonl(lines / "data.jsonl", TEXTS)
+    said = hugging_face(
+        tmp_path,
+        f"hf:{tables}",
+        f"hf:{tables}@test#body",
+        f"hf:{lines}#text",
+        f"hf:{tables}#nothing",
+        f"hf:{tables}@no",
+    )
+    assert said[:3] == ["prepared"] * 3
+    assert sorted(stored_texts(tmp_path / "0")) == sorted(TEXTS[:30])  # its only text column
+    assert sorted(stored_texts(tmp_path / "1")) == sorted(TEXTS[30:])
+    assert sorted(stored_texts(tmp_path / "2")) == sorted(TEXTS)
+    assert "no column 'nothing'; its columns are ['body', 'number']" in said[3]
+    assert "`datasets` cannot load split 'no'" in said[4]
+    assert len(said) == 5
+
+
+def test_hugging_face_images_from_a_local_folder(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "photos", count=30)
+    assert hugging_face(tmp_path, f"hf:{source}") == ["prepared"]
+    dataset = open_dataset(tmp_path / "0", DataConfig(), "train")
+    assert dataset.facts.class_names == ("cat", "dog")
+    assert read_manifest(tmp_path / "0").splits["train"].documents == dataset.samples
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("text:{}/nothing", "no such file"),
+        ("jsonl:{}/nothing#text", "no such file"),
+        ("parquet:{}/nothing#text", "no such file"),
+        ("images:{}/nothing", "no such directory"),
+        ("images:{}/empty", "no images in sub-folders"),
+        ("text:{}/empty", "no such file"),
+        ("text:{}/latin.txt", "latin.txt: not UTF-8 at byte 3"),
+        ("text:{}/blank.txt", "empty, there are no documents"),
+        ("jsonl:{}/latin.txt#text", "latin.txt:1: not UTF-8"),
+        ("jsonl:{}/broken.jsonl#text", "broken.jsonl:2: not JSON"),
+        ("jsonl:{}/good.jsonl#other", "good.jsonl:1: no text under 'other'"),
+        ("jsonl:{}/surrogate.jsonl#text", "half of a surrogate pair"),
+        ("parquet:{}/latin.txt#text", "not a Parquet file"),
+        ("parquet:{}/table.parquet#text", r"no column 'text'; its columns are \['body', 'number'\]"),
+        ("parquet:{}/table.parquet#number", "row 0 of column 'number' is not text"),
+        ("images:{}/broken", "not an image that Pillow reads"),
+        ("images:{}/other", "notes.txt: not an image"),
+        ("images:{}/deep", "do not fit in 8 bits"),
+    ],
+)
+def test_bad_sources_are_named_in_one_line(tmp_path: Path, source: str, message: str) -> None:
+    for folder in ("empty", "broken/a", "other/a", "deep/a"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "latin.txt").write_bytes(b"gru\xdf")
+    (tmp_path / "blank.txt").touch()
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (tmp_path / "surrogate.jsonl").write_text('{"text": "\\ud800"}\n')
+    write_jsonl(tmp_path / "good.jsonl", TEXTS)
+    write_parquet(tmp_path / "table.parquet", TEXTS)
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 30), "red").save(buffer, format="PNG")
+    (tmp_path / "broken" / "a" / "cut.png").write_bytes(buffer.getvalue()[:60])
+    (tmp_path / "other" / "a" / "notes.txt").write_text("hello")
+    Image.new("I;16", (4, 4)).save(tmp_path / "deep" / "a" / "deep.png")
+    with pytest.raises(ValueError, match=message) as refused:
+        prepared(tmp_path, source.format(tmp_path))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "prepared").exists()
+    assert [path for path in tmp_path.glob(".prepared*") if path.is_dir()] == []
+
+
+def test_the_checked_file_maps_what_was_written(tmp_path: Path) -> None:
+    directory = prepared(tmp_path, f"jsonl:{write_jsonl(tmp_path / 'corpus.jsonl', TEXTS)}#text")
+    entry = read_manifest(directory).splits["train"].shards[0].data
+    file = CheckedFile(directory, entry)
+    file.check_all()
+    assert bytes(file.map) == (directory / entry.name).read_bytes()
