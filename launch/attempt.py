@@ -94,7 +94,11 @@ class Attempt:
                 self.run.checkpoints,
                 self.engine.canonical_state(),
                 step=self.ledger.step,
-                scalars={"ledger": self.ledger.as_scalars(), "plan": json.loads(self.plan.to_json())},
+                scalars={
+                    "ledger": self.ledger.as_scalars(),
+                    "plan": json.loads(self.plan.to_json()),
+                    "first_evaluation": self.first_evaluation,
+                },
                 fields={
                     "world": self.world.size,
                     "engine": self.config.parallel.engine,
@@ -102,7 +106,7 @@ class Attempt:
                     "digest": self.ledger.digest,
                     "plan": self.plan.hash,
                     "recipe": hash_recipe(self.config),
-                    "wandb_run_id": self.world.broadcast_object(self.run.identity["wandb_run_id"]),
+                    "wandb_run_id": self.run.identity["wandb_run_id"],
                 },
                 config=self.config.checkpoint,
                 world=self.world,

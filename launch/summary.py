@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
+from pathlib import Path
 
 from launch.attempt import Attempt, format_metrics
 from models.generation import generate
@@ -12,7 +16,7 @@ def tell_summary(attempt: Attempt) -> None:
     """Prints the summary of a run that did all its steps. Rank 0 speaks; nobody else waits."""
     if attempt.world.rank != 0:
         return
-    path = attempt.run.path
+    path, lockstep = attempt.run.path, _command()
     lines = [""]
     if attempt.first_evaluation is not None and attempt.first_evaluation is not attempt.last_evaluation:
         lines.append(f"evaluation before: {format_metrics(attempt.first_evaluation)}")
@@ -24,12 +28,20 @@ def tell_summary(attempt: Attempt) -> None:
         "",
         f"everything lies in {path}: {', '.join(sorted(p.name + '/' * p.is_dir() for p in path.iterdir()))}",
         "next:",
-        f"  lockstep report {path}",
-        f"  lockstep {'generate' if attempt.materials.tokenizer is not None else 'evaluate'} {path}",
-        f"  lockstep train {path / 'recipe.yaml'} run.directory={path} run.steps={2 * attempt.config.run.steps} "
-        "--resume auto --allow-change",
+        f"  {lockstep} report {path}",
+        f"  {lockstep} {'generate' if attempt.materials.tokenizer is not None else 'evaluate'} {path}",
+        f"  {lockstep} train {path / 'recipe.yaml'} run.steps={2 * attempt.config.run.steps} "
+        f"--resume {path} --allow-change",
     ]
     attempt.say("\n".join(lines))
+
+
+def _command() -> str:
+    """How the `lockstep` command is called from here: by its path where the environment is not activated."""
+    beside_python = Path(sys.executable).parent / "lockstep"
+    if shutil.which("lockstep") == str(beside_python):
+        return "lockstep"
+    return os.path.relpath(beside_python) if beside_python.is_relative_to(Path.cwd()) else str(beside_python)
 
 
 def _sample_text(attempt: Attempt) -> str:

@@ -143,6 +143,7 @@ def _take_over(attempt: Attempt, checkpoint: Checkpoint, *, allow_change: bool) 
     attempt.ledger = Ledger(**checkpoint.scalars["ledger"])
     attempt.plan = _continue_plan(attempt, Plan.from_json(json.dumps(checkpoint.scalars["plan"])), checkpoint.path)
     attempt.saved_step = attempt.ledger.step
+    attempt.first_evaluation = checkpoint.scalars["first_evaluation"]
 
 
 def _recipe_changes(config: RunConfig, owner: Path, *, allow_change: bool) -> list[str]:
