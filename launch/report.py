@@ -258,6 +258,10 @@ def duration(seconds: float) -> str:
 # --- curves ------------------------------------------------------------------------------------------------------------
 
 
+# The loss is drawn with the training loss; how much was evaluated does not change.
+_NOT_A_CURVE = ("loss", "tokens", "samples")
+
+
 def _charts(runs: list[Run]) -> list[dict[str, Any]]:
     restarts = {
         index: [a["resumed_from_step"] for a in run.attempts if isinstance(a.get("resumed_from_step"), int)]
@@ -281,7 +285,7 @@ def _charts(runs: list[Run]) -> list[dict[str, Any]]:
     charts += [
         chart(f"Evaluation: {name.replace('_', ' ')}", _evaluation(runs, name), log_allowed=True)
         for name in names
-        if name != "loss"
+        if name not in _NOT_A_CURVE
     ]
     drawn = [(chart.title, draw(chart)) for chart in charts]
     return [{"title": title, "svg": Markup(svg)} for title, svg in drawn if svg is not None]

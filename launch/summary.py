@@ -49,9 +49,10 @@ def _sample_text(attempt: Attempt) -> str:
     context_tokens = attempt.materials.shape.sequence_tokens
     assert tokenizer is not None
     assert context_tokens is not None
+    prompt = [int(token) for token in tokenizer.encode(evaluation.prompt)]
     tokens = generate(
         attempt.engine.module,
-        [int(token) for token in tokenizer.encode(evaluation.prompt)],
+        prompt,
         new_tokens=evaluation.generated_tokens,
         context_tokens=context_tokens,
         temperature=evaluation.temperature,
@@ -59,8 +60,8 @@ def _sample_text(attempt: Attempt) -> str:
         seed=attempt.config.run.seed,
         stop_token=tokenizer.end_of_document,
     )
-    text = tokenizer.decode(tokens)
+    text = tokenizer.decode(tokens[len(prompt) :])
     line = json.dumps({"step": attempt.ledger.step, "prompt": evaluation.prompt, "text": text}, ensure_ascii=False)
     with (attempt.run.path / "samples.jsonl").open("a", encoding="utf-8") as file:
         file.write(line + "\n")
-    return text
+    return evaluation.prompt + text
