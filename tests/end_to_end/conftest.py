@@ -1,0 +1,57 @@
+"""Prepared once per session and shared: the corpus, its dataset, and runs that nothing has interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.runs import lockstep, tiny_gpt, write_corpus, write_recipe
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
+
+
+@pytest.fixture(scope="session")
+def dataset(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus as `lockstep prepare` makes it."""
+    directory = tmp_path_factory.mktemp("prepared") / "corpus"
+    lockstep(
+        "prepare", f"text:{corpus}", "--out", directory, "--validation-fraction", 0.2, cwd=directory.parent
+    ).succeeded()
+    return directory
+
+
+@pytest.fixture(scope="session")
+def recipe_values(corpus: Path, dataset: Path) -> Callable[..., dict[str, Any]]:
+    """The tiny recipe as a mapping, with changed sections."""
+
+    def make(**sections: Any) -> dict[str, Any]:
+        return tiny_gpt(dataset, corpus, **sections)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def recipe(recipe_values: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny recipe's file: 40 steps, a checkpoint every 5, dropout 0.1."""
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "tiny.yaml", recipe_values())
+
+
+@pytest.fixture(scope="session")
+def straight_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The tiny recipe's run at a world size, never interrupted. Tests must not change it."""
+    done: dict[int, Path] = {}
+
+    def run(world_size: int) -> Path:
+        if world_size not in done:
+            path = tmp_path_factory.mktemp("straight") / f"world-{world_size}"
+            lockstep("train", recipe, f"run.directory={path}", "--workers", world_size, cwd=path.parent).succeeded()
+            done[world_size] = path
+        return done[world_size]
+
+    return run

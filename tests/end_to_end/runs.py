@@ -1,0 +1,218 @@
+"""What the end-to-end tests share: a tiny corpus and recipe, real commands, and reading a run's directory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.tracking.metrics_file import read_metrics
+
+LOCKSTEP = str(Path(sys.executable).parent / "lockstep")
+# Only ever reached where something hangs.
+TIMEOUT_SECONDS = 200.0
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_WORDS = "the cat sat on a mat while two dogs ran over green hills under red skies and slept".split()
+
+
+def write_corpus(directory: Path, documents: int = 60, seed: int = 7) -> Path:
+    """Text files of random sentences, the same on every machine."""
+    directory.mkdir(parents=True)
+    choose = random.Random(seed)
+    for number in range(documents):
+        text = " ".join(choose.choice(_WORDS) for _ in range(120))
+        (directory / f"document-{number:02d}.txt").write_text(text + "\n")
+    return directory
+
+
+def tiny_gpt(dataset: Path, corpus: Path, **sections: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe whose steps take a few milliseconds, with dropout; `sections` change or add keys."""
+    recipe: dict[str, Any] = {
+        "run": {"name": "tiny", "steps": 40},
+        "model": {"kind": "transformer", "layers": 2, "width": 32, "heads": 2, "dropout": 0.1},
+        "task": {"kind": "language_modelling"},
+        "data": {
+            "source": f"text:{corpus}",
+            "directory": str(dataset),
+            "sequence_tokens": 64,
+            "validation_fraction": 0.2,
+        },
+        "batch": {"global_samples": 12, "micro_samples": 2},
+        "optimizer": {"lr": 1.0e-3},
+        "checkpoint": {"every_steps": 5},
+        "evaluation": {"samples": 8, "prompt": "the cat"},
+        "tracking": {"wandb": "off", "tensorboard": False},
+    }
+    for name, section in sections.items():
+        recipe[name] = {**recipe.get(name, {}), **section}
+    return recipe
+
+
+def write_recipe(path: Path, recipe: Mapping[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The tests' own environment without a launcher's variables, with one thread a process."""
+    kept = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
+    return {**kept, "OMP_NUM_THREADS": "1", **extra}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A command that ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def told(self) -> list[str]:
+        """The lines on stderr that speak to the user: what our own command or worker says at its end."""
+        return [line for line in self.err.splitlines() if line.startswith("lockstep: ")]
+
+    def failed_with(self, code: int, *parts: str) -> str:
+        """Asserts the exit code and exactly one line of explanation, which holds `parts`; returns that line."""
+        assert self.code == code, f"exit code {self.code} instead of {code}:\n{self.out}\n{self.err}"
+        assert "Traceback" not in self.err, self.err
+        assert len(self.told) == 1, self.err
+        for part in parts:
+            assert part in self.told[0], f"{part!r} is not in {self.told[0]!r}"
+        return self.told[0]
+
+    def succeeded(self) -> Result:
+        assert self.code == 0, f"exit code {self.code}:\n{self.out}\n{self.err}"
+        return self
+
+
+def command(
+    *arguments: object, cwd: Path, env: Mapping[str, str] | None = None, limits: Mapping[int, int] | None = None
+) -> Result:
+    """Runs a command to its end. `limits`: resource limits, such as `resource.RLIMIT_FSIZE`, for it and its children."""
+    with started(*arguments, cwd=cwd, env=env, limits=limits) as process:
+        out, err = process.communicate(timeout=TIMEOUT_SECONDS)
+    return Result(process.returncode, out, err)
+
+
+def lockstep(*arguments: object, cwd: Path, **keywords: Any) -> Result:
+    """Runs the `lockstep` command to its end."""
+    return command(LOCKSTEP, *arguments, cwd=cwd, **keywords)
+
+
+@contextlib.contextmanager
+def started(
+    *arguments: object, cwd: Path, env: Mapping[str, str] | None = None, limits: Mapping[int, int] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """A command in a session of its own, as a terminal would start it; it and its workers are gone at the end."""
+    words: Sequence[str] = [str(argument) for argument in arguments]
+    if limits:
+        words = [sys.executable, "-c", _LIMITED, repr(dict(limits)), *words]
+    process = subprocess.Popen(
+        words,
+        cwd=cwd,
+        env=dict(env if env is not None else environment()),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        for pid in [process.pid, *workers_of(process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+# Sets its own limits and becomes the command: what `ulimit` does, without a shell.
+_LIMITED = """
+import ast, os, resource, sys
+for kind, limit in ast.literal_eval(sys.argv[1]).items():
+    resource.setrlimit(kind, (limit, limit))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def workers_of(supervisor: int) -> list[int]:
+    """Process ids of the workers that a `lockstep train` has started, by rank."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            words = (stat.parent / "cmdline").read_bytes().split(b"\0")
+            if parent == supervisor and b"launch.train" in words:
+                found.append((_rank(stat.parent), int(stat.parent.name)))
+    return [pid for _, pid in sorted(found)]
+
+
+def _rank(process: Path) -> int:
+    variables = (process / "environ").read_bytes().split(b"\0")
+    return next(int(v.removeprefix(b"RANK=")) for v in variables if v.startswith(b"RANK="))
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is not merely waiting to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition: Any, what: str, seconds: float = TIMEOUT_SECONDS) -> None:
+    """Polls until `condition()` holds; the limit only ends a test that would hang."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"never came: {what}"
+        time.sleep(0.001)
+
+
+def wait_for_step(run: Path, step: int, attempt: int | None, process: subprocess.Popen[str]) -> None:
+    """Polls until a run has recorded `step` (in its attempt `attempt`, where given) or its process has ended."""
+
+    def reached() -> bool:
+        recorded = [r["step"] for r in read_metrics(run)[0] if attempt is None or r["attempt"] == attempt]
+        return process.poll() is not None or max(recorded, default=0) >= step
+
+    wait_until(reached, f"step {step} of {run}")
+
+
+def checkpoints(run: Path) -> list[str]:
+    """Names of the published checkpoints, oldest first."""
+    return sorted(path.name for path in (run / "checkpoints").glob("step-*[0-9]"))
+
+
+def final_bytes(run: Path) -> dict[str, str]:
+    """sha256 of every weights and optimizer file of the newest checkpoint."""
+    newest = run / "checkpoints" / checkpoints(run)[-1]
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in newest.glob("*.safetensors")}
+    assert any(name.startswith("model-") for name in files)
+    assert any(name.startswith("optimizer-") for name in files)
+    return files
+
+
+def history(run: Path) -> list[tuple[Any, ...]]:
+    """What every step was: step, samples, tokens, loss, learning rate, gradient norm, skipped, digest."""
+    keys = ("step", "samples", "tokens", "loss", "lr", "gradient_norm", "skipped", "digest")
+    return [tuple(record[key] for key in keys) for record in read_metrics(run)[0]]
+
+
+def digests(run: Path) -> list[str]:
+    return [record["digest"] for record in read_metrics(run)[0]]
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run)[0]]

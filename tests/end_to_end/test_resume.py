@@ -1,0 +1,120 @@
+"""Interrupt a run at any moment, start it again, and it ends in the same bytes as the run that nothing interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.runs import (
+    LOCKSTEP,
+    checkpoints,
+    digests,
+    final_bytes,
+    history,
+    is_running,
+    lockstep,
+    started,
+    wait_for_step,
+    wait_until,
+    workers_of,
+)
+
+STEPS = 40
+# How an attempt is ended, and the exit code that `lockstep train` must then have.
+INTERRUPTIONS = {
+    "everything killed": -signal.SIGKILL,
+    "supervisor killed": -signal.SIGKILL,
+    "worker killed": 1,
+    "SIGINT": 75,
+    "SIGTERM": 75,
+}
+
+
+def interrupt(process: subprocess.Popen[str], how: str, choose: random.Random) -> list[int]:
+    """Ends an attempt in one of the ways above; returns the ids of its workers."""
+    workers = workers_of(process.pid)
+    match how:
+        case "everything killed":
+            for pid in [process.pid, *workers]:
+                os.kill(pid, signal.SIGKILL)
+        case "supervisor killed":
+            os.kill(process.pid, signal.SIGKILL)
+        case "worker killed":
+            os.kill(choose.choice(workers), signal.SIGKILL)
+        case "SIGINT":
+            os.kill(process.pid, signal.SIGINT)
+        case "SIGTERM":
+            os.kill(process.pid, signal.SIGTERM)
+    return workers
+
+
+def attempt_and_interrupt(recipe: Path, run: Path, world_size: int, how: str, choose: random.Random) -> None:
+    """One attempt, ended `how` at a random moment within the next few steps."""
+    before = len(json.loads((run / "run.json").read_text())["attempts"]) if run.exists() else 0
+    begun = max((int(name.removeprefix("step-")) for name in checkpoints(run)), default=0)
+    arguments = [LOCKSTEP, "train", recipe, f"run.directory={run}", "--workers", world_size, "--resume", "auto"]
+    with started(*arguments, cwd=run.parent) as process:
+        wait_for_step(run, begun + choose.randint(1, 7), before + 1, process)
+        time.sleep(choose.uniform(0.0, 0.03))
+        workers = interrupt(process, how, choose)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == INTERRUPTIONS[how], f"{how}: {process.returncode}\n{out}\n{err}"
+        wait_until(lambda: not any(map(is_running, workers)), f"the end of all workers after: {how}", seconds=30)
+    if how == "worker killed":
+        assert "was killed by SIGKILL" in err
+    if INTERRUPTIONS[how] == 75:
+        outcome = json.loads((run / "outcome.json").read_text())
+        assert outcome["exit_code"] == 75
+        assert checkpoints(run)[-1] == f"step-{outcome['step']:08d}"
+
+
+def interrupted_run(recipe: Path, run: Path, world_size: int, interruptions: list[str], seed: int) -> None:
+    choose = random.Random(seed)
+    for how in interruptions:
+        attempt_and_interrupt(recipe, run, world_size, how, choose)
+    resumed = lockstep(
+        "train", recipe, f"run.directory={run}", "--workers", world_size, "--resume", "auto", cwd=run.parent
+    ).succeeded()
+    assert "resumed from step" in resumed.out + resumed.err
+
+
+def assert_same_run(run: Path, straight: Path) -> None:
+    assert final_bytes(run) == final_bytes(straight)
+    assert history(run) == history(straight)
+    assert len(history(run)) == STEPS
+    assert not list(run.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "interruptions"),
+    [
+        (1, ["everything killed", "SIGINT", "worker killed"]),
+        (2, ["worker killed", "SIGTERM", "supervisor killed", "everything killed"]),
+    ],
+)
+def test_an_interrupted_run_ends_in_the_same_bytes(
+    world_size: int, interruptions: list[str], recipe: Path, straight_run: Callable[[int], Path], tmp_path: Path
+) -> None:
+    interrupted_run(recipe, tmp_path / "run", world_size, interruptions, seed=world_size)
+    assert_same_run(tmp_path / "run", straight_run(world_size))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_run_interrupted_many_times_ends_in_the_same_bytes(
+    world_size: int, recipe: Path, straight_run: Callable[[int], Path], tmp_path: Path
+) -> None:
+    choose = random.Random(f"many {world_size}")
+    interruptions = [how for how in INTERRUPTIONS for _ in range(2)]
+    choose.shuffle(interruptions)
+    interrupted_run(recipe, tmp_path / "run", world_size, interruptions[:7], seed=world_size)
+    assert_same_run(tmp_path / "run", straight_run(world_size))
