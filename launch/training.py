@@ -17,7 +17,7 @@ from data.prepare import prepare
 from data.stream import Stream, evaluation_batches
 from distrib.checkpoint import Checkpoint, load_tensors, newest_good_checkpoint, open_checkpoint
 from distrib.initialisation import make_initialised_model
-from distrib.manifest import remove_temporaries
+from distrib.manifest import remove_temporaries, write_durably
 from distrib.native import NativeEngine
 from distrib.world import World
 from launch import loop
@@ -114,7 +114,7 @@ def _resume(attempt: Attempt, resume: Resume, *, allow_change: bool) -> None:
         checkpoint = together(world, lambda: open_checkpoint(named, world))
     elif resume.from_newest:
         existed = world.broadcast_object(ever_checkpointed(run.path))
-        checkpoint, passed_over = newest_good_checkpoint(run.checkpoints, world)
+        checkpoint, passed_over = together(world, lambda: newest_good_checkpoint(run.checkpoints, world))
         for bad in passed_over:
             attempt.say(f"passed over a checkpoint: {bad.reason}; kept as {bad.path.name}")
         if checkpoint is None and existed:
@@ -137,6 +137,11 @@ def _take_over(attempt: Attempt, checkpoint: Checkpoint, *, allow_change: bool) 
         raise ValueError(
             f"{checkpoint.path}: was trained with optimizer.kind={engine_scalars['optimizer_kind']}, "
             f"the recipe says {config.optimizer.kind}; they cannot be exchanged within a run"
+        )
+    if config.run.steps < engine_scalars["steps_done"]:
+        raise ValueError(
+            f"run.steps={config.run.steps}: {checkpoint.path} has done {engine_scalars['steps_done']} already; "
+            "raise run.steps, or resume from an earlier checkpoint"
         )
     load_tensors(checkpoint, engine.canonical_state().tensors, attempt.world)
     engine.load_scalars(engine_scalars)
@@ -175,7 +180,7 @@ def _begin(attempt: Attempt) -> None:
     devices = world.gather_objects(_device_name(world.device))
 
     def put_on_record() -> None:
-        (run.path / "recipe.yaml").write_text(dump_recipe(config))
+        write_durably(run.path / "recipe.yaml", dump_recipe(config).encode())
         run.write_json("environment.json", describe_environment(devices, world.size))
         begin_attempt(
             run, world_size=world.size, engine=config.parallel.engine, device=devices[0], resumed_from_step=resumed_from
