@@ -74,7 +74,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from data.prepare import prepare
+    from launch.preparing import prepare_and_tell
     from launch.recipe import load_recipe
     from launch.run_directory import decide_resume
     from launch.supervisor import default_workers, supervise
@@ -86,7 +86,7 @@ def _train(arguments: argparse.Namespace) -> int:
     workers = arguments.workers if arguments.workers is not None else default_workers(config.run.device)
     if workers < 1:
         raise ValueError(f"--workers {workers}: must be at least 1")
-    prepare(config.data)
+    prepare_and_tell(config.data)
     return supervise(training_command_line(arguments), workers)
 
 
@@ -104,7 +104,7 @@ def _debug(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     from data.config import DataConfig
-    from data.prepare import prepare
+    from launch.preparing import prepare_and_tell
     from launch.recipe import parse_section
 
     section = {
@@ -113,8 +113,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         "tokenizer": arguments.tokenizer,
         "validation_fraction": arguments.validation_fraction,
     }
-    directory = prepare(parse_section(DataConfig, section, prefix="data.", source="lockstep prepare"))
-    print(f"prepared {directory}")
+    print(prepare_and_tell(parse_section(DataConfig, section, prefix="data.", source="lockstep prepare")))
     return 0
 
 

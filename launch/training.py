@@ -29,6 +29,7 @@ from launch.exit_codes import DO_NOT_RESTART, RunEnded
 from launch.ledger import Ledger
 from launch.materials import Materials, open_materials
 from launch.meter import Meter
+from launch.preparing import prepare_and_tell
 from launch.recipe import dump_recipe, parse_recipe, parse_yaml
 from launch.resume import refuse_impossible_changes
 from launch.run_directory import Resume, RunDirectory, begin_attempt, claim, describe_environment, ever_checkpointed
@@ -51,7 +52,7 @@ def run_attempt(
     Raises what ended the attempt early, after `outcome.json` says so.
     """
     begun = time.monotonic()
-    on_rank_zero(world, lambda: prepare(config.data))
+    on_rank_zero(world, lambda: prepare_and_tell(config.data))
     materials = together(world, lambda: open_materials(config, prepare(config.data)))
     claimed = on_rank_zero(world, lambda: claim(config, resume))
     path, identity = world.broadcast_object((claimed.path, claimed.identity) if claimed else None)
