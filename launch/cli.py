@@ -10,6 +10,8 @@ from pathlib import Path
 from launch.arguments import add_training_arguments, parse_with_overrides, training_command_line
 from launch.exit_codes import DO_NOT_RESTART, STOPPED_EARLY, USAGE
 
+_DEBUG_STEPS = 5
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
@@ -80,6 +82,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from launch.supervisor import default_workers, supervise
 
     if arguments.debug:
+        if arguments.workers is not None:
+            raise ValueError(f"--workers {arguments.workers}: has no effect with --debug, which is one process; remove it")
         return _debug(arguments)
     config = load_recipe(arguments.recipe, arguments.overrides)
     decide_resume(config, arguments.resume)
@@ -95,7 +99,8 @@ def _debug(arguments: argparse.Namespace) -> int:
     from launch.run_directory import decide_resume
     from launch.train import run_worker
 
-    config = load_recipe(arguments.recipe, [*arguments.overrides, "run.steps=5", "schedule.warmup_steps=0"])
+    steps = min(_DEBUG_STEPS, load_recipe(arguments.recipe, arguments.overrides).run.steps)
+    config = load_recipe(arguments.recipe, [*arguments.overrides, f"run.steps={steps}", "schedule.warmup_steps=0"])
     import torch
 
     torch.autograd.set_detect_anomaly(True)
