@@ -85,6 +85,8 @@ def decide_resume(config: RunConfig, resume: str | None) -> Resume:
         owner = path.parent.parent
         if directory is None and (owner / "run.json").is_file():
             directory = owner
+        elif directory is not None and (directory / "run.json").exists() and directory.resolve() != owner.resolve():
+            raise ValueError(f"--resume {path}: run.directory={directory} holds another run; name another directory")
         return Resume(directory, checkpoint=path)
     if (path / "run.json").is_file():
         if directory is not None and directory.resolve() != path.resolve():
