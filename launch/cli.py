@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +91,8 @@ def _train(arguments: argparse.Namespace) -> int:
     workers = arguments.workers if arguments.workers is not None else default_workers(config.run.device)
     if workers < 1:
         raise ValueError(f"--workers {workers}: must be at least 1")
+    # Until there are workers to ask, a request to stop is answered as Ctrl-C is: preparing leaves nothing half-done.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     prepare_and_tell(config.data)
     return supervise(training_command_line(arguments), workers)
 
