@@ -33,17 +33,28 @@ class StepReport:
 
 
 class PendingReport:
-    """A report on its way; `read` waits for it."""
+    """A report on its way; `read` waits for it, and for nothing that was queued on the device after it."""
 
     def __init__(self, vector: torch.Tensor, work: Any | None, learning_rate: float, ranks: int) -> None:
-        self._vector = vector
-        self._work = work
         self._learning_rate = learning_rate
         self._ranks = ranks
+        self._work = work
+        self._vector = vector
+        self._copied: torch.cuda.Event | None = None
+        if vector.is_cuda:
+            if work is not None:
+                work.wait()  # of the stream, not of the host
+            self._work = None
+            self._vector = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+            self._vector.copy_(vector, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
 
     def read(self) -> StepReport:
         if self._work is not None:
             self._work.wait()
+        if self._copied is not None:
+            self._copied.synchronize()
         loss_sum, norm, skipped, stop, data_wait, *limbs = self._vector.tolist()
         return StepReport(
             loss_sum=loss_sum,
@@ -61,21 +72,20 @@ def report_step(
 ) -> PendingReport:
     """Starts summing a step's numbers over the ranks; returns at once.
 
-    The 64-bit fold travels as four 16-bit limbs in float64, whose sums over up to 2**37 ranks are exact. Norm and skip are
-    the same on every rank already, so rank 0's alone are sent.
+    The 64-bit fold travels as four 16-bit limbs in float64, whose sums over up to 2**37 ranks are exact. Norm and skip
+    are the same on every rank already, so rank 0's alone are sent.
     """
     fold &= 2**64 - 1
     host = [float(stop_requested), data_wait_seconds]
     host += [float((fold >> (_LIMB_BITS * i)) & (2**_LIMB_BITS - 1)) for i in range(_LIMBS)]
-    speaks = 1.0 if world.data_rank == 0 else 0.0
     device = result.loss_sum.device
-    agreed = torch.stack([result.gradient_norm, result.skipped]).double() if speaks else _zeros(device)
-    vector = torch.cat([result.loss_sum.reshape(1), agreed, torch.tensor(host, dtype=torch.float64).to(device)])
+    agreed = torch.stack([result.gradient_norm, result.skipped]).double()
+    if world.data_rank != 0:
+        agreed = torch.zeros_like(agreed)
+    # non_blocking: without it the host would wait for the whole step before this copy.
+    told = torch.tensor(host, dtype=torch.float64).to(device, non_blocking=True)
+    vector = torch.cat([result.loss_sum.reshape(1), agreed, told])
     work = None
     if world.size > 1:
         work = dist.all_reduce(vector, group=world.data_group, async_op=True)
     return PendingReport(vector, work, result.learning_rate, world.data_size)
-
-
-def _zeros(device: torch.device) -> torch.Tensor:
-    return torch.zeros(2, dtype=torch.float64, device=device)
