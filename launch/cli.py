@@ -84,7 +84,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     if arguments.debug:
         if arguments.workers is not None:
-            raise ValueError(f"--workers {arguments.workers}: has no effect with --debug, which is one process; remove it")
+            raise ValueError(f"--workers {arguments.workers}: has no effect with --debug (one process); remove it")
         return _debug(arguments)
     config = load_recipe(arguments.recipe, arguments.overrides)
     decide_resume(config, arguments.resume)
