@@ -116,10 +116,11 @@ def publish(temporary: Path, root: Path, step: int) -> Path:
     """Gives a complete checkpoint its name, durably. One of the same step, from before a resume, is replaced."""
     final = root / checkpoint_name(step)
     sync_directory(temporary)
-    if final.exists():
-        remove(final)
+    superseded = _set_aside(final) if final.exists() else None
     temporary.rename(final)
     sync_directory(root)
+    if superseded is not None:
+        shutil.rmtree(superseded)
     return final
 
 

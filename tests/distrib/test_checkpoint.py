@@ -216,6 +216,15 @@ def test_retention_keeps_the_last_and_the_multiples(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".tmp-*"))
 
 
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    engine = make_engine(ALONE, SGD_UNCLIPPED)
+    save(engine, tmp_path, 1)
+    take_step(engine, 0, 7)
+    path = save(engine, tmp_path, 1)
+    assert list(tmp_path.iterdir()) == [path]
+    assert open_checkpoint(path, ALONE).scalars["engine"]["steps_done"] == 1
+
+
 def _save_with_no_room(world: World, root: str) -> str:
     engine = make_engine(world, ADAMW_CLIPPED)
     save(engine, Path(root), 1)
