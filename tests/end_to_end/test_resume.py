@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -17,7 +16,6 @@ import pytest
 from tests.end_to_end.runs import (
     LOCKSTEP,
     checkpoints,
-    digests,
     final_bytes,
     history,
     is_running,
