@@ -1,0 +1,542 @@
+"""What a step of this project's loop costs above a bare PyTorch loop over the same model and the same batches.
+
+    python benchmarks/step.py [--only tiny|base] [--processes 1|2] [--rounds N] [--quick] [--output DIRECTORY]
+
+Every contender is a process of its own (or one per rank), all of them alive at once; a gate lets one contender at a time
+run a short block of steps, A B C and then C B A. Differences and ratios are taken within a round, so that foreign load
+which lasts longer than a round cancels out; their median over all rounds of several fresh starts is what counts, with
+its bootstrap interval. Beside it stands the same number from each contender's fastest block, which ignores bursts of
+load. That the contenders did the same work shows in the probe loss: the loss on a fixed batch after the same steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import shlex
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from itertools import islice
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data.config import DataConfig
+from data.manifest import read_manifest
+from data.order import ORDER_VERSION, Order
+from data.plan import Plan, Segment
+from data.prepare import prepare
+from data.stream import Stream
+from distrib.initialisation import make_initialised_model
+from distrib.native import NativeEngine
+from distrib.world import World, join_world, leave_world
+from launch.attempt import Attempt
+from launch.config import RunConfig
+from launch.console import Progress
+from launch.ledger import Ledger
+from launch.loop import Hooks, Intervals, train
+from launch.materials import Materials, open_materials
+from launch.meter import Meter
+from launch.recipe import parse_recipe
+from launch.run_directory import RunDirectory
+from launch.stopping import StopRequest
+from launch.tracking.tracking import Tracking
+from launch.worker_log import start_logging
+
+BARE, PLAIN, FULL = "bare", "plain", "full"
+MEANING = {
+    BARE: "a bare PyTorch loop: fused AdamW, batches from a memory map, DDP with its defaults on two processes",
+    PLAIN: "this loop and its stream, without clipping and tracking (digest and gradient norm are always computed)",
+    FULL: "this loop and its stream with clipping, digest, progress and `metrics.jsonl`",
+}
+SPARE_STEPS = 256  # the stream never ends within a measurement, so that its thread always has work
+PROBE_SAMPLES = 8
+# High enough never to scale a gradient, so that the probe loss stays comparable; clipping costs the same.
+CLIP_NORM = 1e6
+TIMEOUT_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """One comparison: a model, a number of processes, and how much is measured."""
+
+    size: str
+    processes: int
+    threads: int
+    model: dict[str, Any]
+    sequence_tokens: int
+    micro_samples: int
+    contenders: tuple[str, ...]
+    starts: int
+    rounds: int
+    block_steps: int
+    warmup_steps: int
+    most_over_ms: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Milliseconds a step above the bare loop that a contender may cost."""
+    most_ratio: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Step time over the bare loop's that a contender may need."""
+
+    @property
+    def total_steps(self) -> int:
+        return self.warmup_steps + self.rounds * self.block_steps
+
+    @property
+    def global_samples(self) -> int:
+        return self.micro_samples * self.processes
+
+    @property
+    def title(self) -> str:
+        processes = "1 process" if self.processes == 1 else f"{self.processes} processes, gloo,"
+        return f"{processes} x {self.threads} thread(s), {self.size} model"
+
+
+def _gpt(layers: int, width: int, heads: int, vocabulary_size: int) -> dict[str, Any]:
+    return {
+        "kind": "transformer", "layers": layers, "width": width, "heads": heads, "vocabulary_size": vocabulary_size,
+        "positions": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True, "tied_embeddings": False,
+    }  # fmt: skip
+
+
+TINY, BASE = _gpt(2, 64, 4, 512), _gpt(6, 384, 6, 8192)
+TABLES = (
+    Table("tiny", 1, 1, TINY, 32, 8, (BARE, PLAIN, FULL), 4, 6, 100, 100, most_over_ms={PLAIN: 0.3, FULL: 1.0}),
+    Table("tiny", 2, 1, TINY, 32, 8, (BARE, PLAIN, FULL), 4, 6, 100, 100),
+    Table("base", 1, 2, BASE, 256, 8, (BARE, FULL), 2, 6, 2, 2, most_ratio={FULL: 1.03}),
+    Table("base", 2, 1, BASE, 256, 8, (BARE, FULL), 2, 5, 2, 2, most_ratio={FULL: 1.03}),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process of a contender is told."""
+
+    table: Table
+    contender: str
+    rank: int
+    port: int
+    dataset: Path
+    directory: Path
+
+
+# ----------------------------------------------------------------------------------------------------- in a contender
+
+
+def run_contender(connection: Connection, job: Job) -> None:
+    """The life of one process of a contender: set up, run blocks when the gate opens, tell the probe loss."""
+    if job.table.processes > 1:
+        os.environ.update(
+            RANK=str(job.rank), WORLD_SIZE=str(job.table.processes), LOCAL_RANK=str(job.rank),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job.port),
+        )  # fmt: skip
+    torch.set_num_threads(job.table.threads)
+    config = _config(job)
+    materials = open_materials(config, job.dataset)
+    world = join_world("cpu")
+    run = _run_bare if job.contender == BARE else _run_lockstep
+    probe_loss = _probe_loss(run(job, config, materials, world, connection), job)
+    connection.send((probe_loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    leave_world(world)
+
+
+def _gated(connection: Connection, batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches, in blocks of as many as the gate says, until it says 0.
+
+    A block's time runs from its first fetch until the loop asks for the batch after its last, so nothing of the loop is
+    left out and waiting at the gate is not counted.
+    """
+    connection.send("ready")
+    while steps := connection.recv():
+        begun = time.perf_counter()
+        yield from islice(batches, steps)
+        connection.send(time.perf_counter() - begun)
+
+
+def _config(job: Job) -> RunConfig:
+    table = job.table
+    recipe = {
+        "run": {"name": "benchmark", "steps": table.total_steps + SPARE_STEPS, "directory": str(job.directory)},
+        "model": table.model,
+        "task": {"kind": "language_modelling"},
+        "data": _data_section(job.dataset) | {"sequence_tokens": table.sequence_tokens},
+        "batch": {"global_samples": table.global_samples, "micro_samples": table.micro_samples},
+        "optimizer": {
+            "lr": 1e-3,
+            "weight_decay": 0.0,  # which parameters are decayed is a matter of taste, not of speed
+            "clip_norm": CLIP_NORM if job.contender == FULL else None,
+        },
+        "schedule": {"kind": "constant"},
+        "checkpoint": {"every_steps": None},
+        "tracking": {"wandb": "off", "tensorboard": False, "progress": "lines"},
+    }
+    return parse_recipe(recipe, "benchmark")
+
+
+def _data_section(dataset: Path) -> dict[str, Any]:
+    # One shard, which the bare loop can map as it is.
+    return {"source": "stdlib", "tokenizer": "bytes", "directory": str(dataset), "shard_bytes": 2**30}
+
+
+def _rows(job: Job) -> npt.NDArray[np.uint16]:
+    """The training samples (n, T + 1) as views into the memory map, each row's last token the next one's first."""
+    (shard,) = read_manifest(job.dataset).splits["train"].shards
+    tokens = np.memmap(job.dataset / shard.data.name, dtype="<u2", mode="r")
+    sequence_tokens = job.table.sequence_tokens
+    return np.lib.stride_tricks.sliding_window_view(tokens, sequence_tokens + 1)[::sequence_tokens]
+
+
+def _run_bare(job: Job, config: RunConfig, materials: Materials, world: World, connection: Connection) -> nn.Module:
+    """The loop that a researcher writes first."""
+    table, rows = job.table, _rows(job)
+    positions = np.arange((table.total_steps + SPARE_STEPS) * table.global_samples)
+    order = Order(len(rows), config.run.seed).sample_ids(positions)[1]
+    index = order.reshape(-1, world.size, table.micro_samples)[:, world.rank]  # (steps, micro_samples)
+    batches = (torch.from_numpy(rows[ids].astype(np.int64)) for ids in index)
+
+    module = make_initialised_model(materials.make_model, config.run.seed, world.device)
+    model = module if world.size == 1 else DistributedDataParallel(module)
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(), settings.lr, settings.betas, settings.epsilon, settings.weight_decay, fused=True
+    )
+    for tokens in _gated(connection, batches):
+        logits = model(tokens[:, :-1])  # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return module
+
+
+def _run_lockstep(job: Job, config: RunConfig, materials: Materials, world: World, connection: Connection) -> nn.Module:
+    """The real loop over the real engine and stream; PLAIN without, FULL with what a run writes and shows."""
+    segment = Segment(
+        start_position=0,
+        fingerprints=(materials.training.fingerprint,),
+        order=ORDER_VERSION,
+        sequence_tokens=config.data.sequence_tokens,
+        seed=config.run.seed,
+        global_samples=config.batch.global_samples,
+    )
+    plan = Plan.of([segment])
+    engine = NativeEngine(
+        lambda: make_initialised_model(materials.make_model, config.run.seed, world.device),
+        materials.task.loss,
+        world=world,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        steps=config.run.steps,
+        seed=config.run.seed,
+        precision=config.parallel.precision,
+    )
+    stream = Stream(
+        materials.training,
+        plan,
+        rank=world.data_rank,
+        world_size=world.data_size,
+        micro_samples=config.batch.micro_samples,
+        position=0,
+        stop_position=config.run.steps * config.batch.global_samples,
+        count_items=materials.task.items,
+        reduce_items=world.sum_in_prefetch_thread if world.size > 1 else None,
+        prefetch_steps=config.data.prefetch_steps,
+    )
+    attempt = _attempt(job, config, materials, world, engine, plan)
+    record: Callable[[dict[str, Any]], None] = attempt.record if job.contender == FULL else _ignore
+    try:
+        train(
+            engine,
+            _gated(connection, iter(stream)),
+            attempt.ledger,
+            world=world,
+            meter=Meter(world.device, flops_per_item=None, peak_flops=None, ranks=world.data_size),
+            intervals=Intervals(save_every_steps=None, evaluate_every_steps=None),
+            hooks=Hooks(record, lambda: None, lambda: None, attempt.stop.asked),
+        )
+    finally:
+        stream.close()
+        if attempt.tracking is not None:
+            attempt.tracking.close()
+    return engine.module
+
+
+def _attempt(
+    job: Job, config: RunConfig, materials: Materials, world: World, engine: NativeEngine, plan: Plan
+) -> Attempt:
+    run = RunDirectory(job.directory, {"name": "benchmark", "attempts": [{}], "wandb_run_id": "none"})
+    (run.path / "logs").mkdir(parents=True, exist_ok=True)
+    start_logging(run.path, world.rank)
+    attempt = Attempt(config, world, run, materials, engine, plan, Ledger(), StopRequest())
+    if job.contender == FULL and world.rank == 0:
+        attempt.stop.watch(run.stop_file)
+        attempt.progress = Progress("lines", config.run.steps, 1, materials.item_name, stream=io.StringIO())
+        attempt.tracking = Tracking(
+            config.tracking, run.path, run_name="benchmark", wandb_run_id="none", recipe=config.model_dump(mode="json")
+        )
+    return attempt
+
+
+def _ignore(record: dict[str, Any]) -> None:
+    """What tracking that is off does with a step."""
+
+
+@torch.no_grad()
+def _probe_loss(module: nn.Module, job: Job) -> float:
+    tokens = torch.from_numpy(_rows(job)[:PROBE_SAMPLES].astype(np.int64))
+    logits = module.eval()(tokens[:, :-1])
+    return float(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+
+
+# ------------------------------------------------------------------------------------------------------- at the gate
+
+
+class Contender:
+    """The processes of one contender, as the gate sees them."""
+
+    def __init__(self, table: Table, name: str, dataset: Path, directory: Path) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        self._connections: list[Connection] = []
+        self._processes = []
+        for rank in range(table.processes):
+            ours, theirs = context.Pipe()
+            job = Job(table, name, rank, port, dataset, directory / name)
+            process = context.Process(target=run_contender, args=(theirs, job), daemon=True)
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def wait_until_ready(self) -> None:
+        self._receive()
+
+    def run_block(self, steps: int) -> float:
+        """Seconds a step, of the slowest rank."""
+        for connection in self._connections:
+            connection.send(steps)
+        return max(self._receive()) / steps
+
+    def finish(self) -> tuple[float, float]:
+        """The probe loss, and the peak resident memory of the largest rank in MB."""
+        for connection in self._connections:
+            connection.send(0)
+        losses, memory = zip(*self._receive(), strict=True)
+        for process in self._processes:
+            process.join()
+        return losses[0], max(memory)
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+    def _receive(self) -> list[Any]:
+        answers = []
+        for rank, connection in enumerate(self._connections):
+            if not connection.poll(TIMEOUT_SECONDS):
+                raise TimeoutError(f"contender {self.name}, rank {rank}: no answer within {TIMEOUT_SECONDS} s")
+            answers.append(connection.recv())
+        return answers
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def measure(table: Table, dataset: Path, directory: Path) -> dict[str, Any]:
+    """Seconds a step of every contender and round, over all starts, with probe losses and memory."""
+    seconds: dict[str, list[float]] = {name: [] for name in table.contenders}
+    probes: dict[str, float] = {}
+    memory: dict[str, float] = {}
+    os.environ["OMP_NUM_THREADS"] = str(table.threads)  # read by the contenders when they import torch
+    for start in range(table.starts):
+        place = directory / f"{table.size}-{table.processes}-{start}"
+        contenders = [Contender(table, name, dataset, place) for name in table.contenders]
+        try:
+            for contender in contenders:
+                contender.wait_until_ready()
+            for contender in contenders:
+                contender.run_block(table.warmup_steps)
+            for number in range(table.rounds):
+                for contender in contenders if number % 2 == 0 else reversed(contenders):
+                    seconds[contender.name].append(contender.run_block(table.block_steps))
+            for contender in contenders:
+                probes[contender.name], memory[contender.name] = contender.finish()
+        finally:
+            for contender in contenders:
+                contender.kill()
+        _check_same_work(table, probes)
+    return {
+        "title": table.title,
+        "settings": dataclasses.asdict(table),
+        "contenders": {name: _summary(table, name, seconds, probes[name], memory[name]) for name in table.contenders},
+    }
+
+
+def _check_same_work(table: Table, probes: dict[str, float]) -> None:
+    for name, loss in probes.items():
+        if not abs(loss - probes[BARE]) <= 1e-5 * probes[BARE]:
+            raise AssertionError(f"{table.title}: {name} did other work: probe loss {loss}, bare {probes[BARE]}")
+
+
+def _summary(
+    table: Table, name: str, seconds: dict[str, list[float]], probe_loss: float, memory: float
+) -> dict[str, Any]:
+    own, bare = np.array(seconds[name]), np.array(seconds[BARE])
+    over_ms, ratio = 1e3 * (own - bare), own / bare
+    summary: dict[str, Any] = {
+        "seconds_per_step": seconds[name],
+        "median_ms": 1e3 * statistics.median(seconds[name]),
+        "over_ms": _spread(over_ms) | {"best_block": 1e3 * float(own.min() - bare.min())},
+        "ratio": _spread(ratio) | {"best_block": float(own.min() / bare.min())},
+        "peak_memory_mb": memory,
+        "probe_loss": probe_loss,
+    }
+    for kind, limit in (("over_ms", table.most_over_ms.get(name)), ("ratio", table.most_ratio.get(name))):
+        if limit is not None:
+            summary["target"] = {"of": kind, "most": limit, "met": summary[kind]["median"] <= limit}
+    return summary
+
+
+def _spread(values: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """Median over the paired rounds, extremes, and the 95 % percentile-bootstrap interval of the median."""
+    samples = np.random.default_rng(0).choice(values, (10_000, len(values)))
+    low, high = np.quantile(np.median(samples, axis=1), (0.025, 0.975))
+    return {
+        "median": float(np.median(values)),
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "interval_95": [float(low), float(high)],
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- the results
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    models = [
+        line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")
+    ]
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join(["python", *sys.argv]),
+        "device": "cpu",
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_average_before": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in ("torch", "numpy")},
+    }
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text() if Path(path).exists() else ""
+
+
+def as_markdown(machine: dict[str, Any], tables: list[dict[str, Any]], seconds: float) -> str:
+    """The results for people."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        "# The step: this loop against a bare PyTorch loop",
+        "",
+        f"Measured {machine['date']} in {seconds:.0f} s by `{machine['command']}` on {machine['device']}: {machine['cpu']}, "
+        f"{machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}; {versions}; "
+        f"load average before it {machine['load_average_before']}.",
+        "",
+        *(f"* `{name}`: {meaning}" for name, meaning in MEANING.items()),
+        "",
+        "Differences and ratios are those of step times within a round, to `bare`: median [95 % bootstrap interval of the "
+        "median] (least to most). *best* compares the fastest blocks. Equal probe losses: the contenders did the same work.",
+    ]
+    for table in tables:
+        settings = table["settings"]
+        lines += [
+            "",
+            f"## {table['title']}",
+            "",
+            f"{settings['starts']} starts x {settings['rounds']} rounds x {settings['block_steps']} steps",
+            "",
+            "| contender | ms a step | ms over bare | best | ratio to bare | best | target | peak RSS MB | probe loss |",
+            "|---|---:|---|---:|---|---:|---|---:|---:|",
+            *(_row(name, summary) for name, summary in table["contenders"].items()),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, summary: dict[str, Any]) -> str:
+    cells = [f"`{name}`", f"{summary['median_ms']:.2f}"]
+    for kind, form in (("over_ms", "{:+.2f}"), ("ratio", "{:.3f}")):
+        spread = summary[kind]
+        low, high, least, most = (form.format(x) for x in (*spread["interval_95"], spread["min"], spread["max"]))
+        cells += [
+            f"{form.format(spread['median'])} [{low}, {high}] ({least} to {most})",
+            form.format(spread["best_block"]),
+        ]
+    target = summary.get("target")
+    unit = {"over_ms": " ms over", "ratio": " ratio"}
+    cells.append(
+        f"at most {target['most']}{unit[target['of']]}: {'met' if target['met'] else 'NOT met'}" if target else "none"
+    )
+    cells += [f"{summary['peak_memory_mb']:.0f}", f"{summary['probe_loss']:.6f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Measures, prints the tables and writes `step.json` and `step.md`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("tiny", "base"), help="one model size")
+    parser.add_argument("--processes", type=int, choices=(1, 2), help="one number of processes")
+    parser.add_argument("--rounds", type=int, help="rounds per start")
+    parser.add_argument("--quick", action="store_true", help="one start of two short rounds: to try, not to conclude")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    tables = [t for t in TABLES if options.only in (None, t.size) and options.processes in (None, t.processes)]
+    if options.quick:
+        tables = [
+            dataclasses.replace(t, starts=1, rounds=2, block_steps=min(t.block_steps, 10), warmup_steps=1)
+            for t in tables
+        ]
+    if options.rounds is not None:
+        tables = [dataclasses.replace(t, rounds=options.rounds) for t in tables]
+
+    machine, begun = describe_machine(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        dataset = Path(directory) / "stdlib"
+        prepare(DataConfig(**_data_section(dataset)))
+        results = []
+        for table in tables:
+            results.append(measure(table, dataset, Path(directory) / "runs"))
+            print(f"{table.title}: done after {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+    text = as_markdown(machine, results, time.perf_counter() - begun)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "step.json").write_text(json.dumps({"machine": machine, "tables": results}, indent=1) + "\n")
+    (options.output / "step.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
