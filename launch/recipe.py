@@ -17,6 +17,7 @@ from launch.config import RunConfig
 from models.config import model_config_class
 
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"
+_NUMBER_LIKE = re.compile(r"[-+.\d][-+.\d_eE]*|true|false|null", re.IGNORECASE)
 _Section = TypeVar("_Section", bound=BaseModel)
 
 
@@ -215,5 +216,7 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
 
 
 def _show(value: Any) -> str:
-    shown = value if isinstance(value, str) else json.dumps(value, default=str)
+    # In quotes where it would read as something else without them: run.steps='3' is no number.
+    plain = isinstance(value, str) and not (_NUMBER_LIKE.fullmatch(value) or value == "")
+    shown = value if plain else json.dumps(value, default=str, ensure_ascii=False)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
