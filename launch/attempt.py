@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,8 @@ class Attempt:
         log.info("%s", text)
         if self.progress is not None:
             self.progress.message(text)
+        elif self.world.rank == 0:
+            print(text, file=sys.stderr, flush=True)
 
     def record(self, record: dict[str, Any]) -> None:
         """Writes a committed step's line, and shows it."""

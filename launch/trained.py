@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,4 +101,6 @@ def _find_checkpoint(run_directory: Path, checkpoint: Path | None, world: World)
     if found is None:
         reasons = "; ".join(bad.reason for bad in passed_over) or "none was saved yet"
         raise ValueError(f"{run_directory}: no good checkpoint ({reasons})")
+    for bad in passed_over:
+        print(f"passed over a checkpoint: {bad.reason}; kept as {bad.path.name}", file=sys.stderr)
     return found
