@@ -23,7 +23,23 @@ LOCKSTEP = str(Path(sys.executable).parent / "lockstep")
 # Only ever reached where something hangs.
 TIMEOUT_SECONDS = 200.0
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_WORDS = ("the", "cat", "sat", "on", "a", "mat", "while", "two", "dogs", "ran", "over", "green", "hills", "and", "slept")
+_WORDS = (
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "two",
+    "dogs",
+    "ran",
+    "over",
+    "green",
+    "hills",
+    "and",
+    "slept",
+)
 
 
 def write_corpus(directory: Path, documents: int = 60, seed: int = 7) -> Path:
