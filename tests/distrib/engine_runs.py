@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data.stream import Share
 from distrib.config import OptimizerConfig, ScheduleConfig
 from distrib.initialisation import make_initialised_model
 from distrib.native import NativeEngine
@@ -55,13 +55,14 @@ def share_of(
 ) -> list[Batch]:
     """This rank's micro-batches of a global batch, cut as the stream cuts them."""
     samples = len(batch["tokens"])
-    share = Share.of(samples, rank, world_size, micro_samples)
+    start, stop = samples * rank // world_size, samples * (rank + 1) // world_size
+    count = math.ceil(math.ceil(samples / world_size) / micro_samples)
     micro_batches = []
-    for number, (start, stop) in enumerate(zip(share.cuts, share.cuts[1:], strict=False)):
-        rows = torch.from_numpy(share.offsets[start:stop])
-        weight = 1.0 if number < share.real else 0.0
+    for first in (start + number * micro_samples for number in range(count)):
+        filler = first >= stop
+        rows = slice(0, 1) if filler else slice(first, min(first + micro_samples, stop))
         tensors = {name: tensor[rows] for name, tensor in batch.items()}
-        micro_batches.append(Batch(tensors, step * samples + int(rows[0]), weight))
+        micro_batches.append(Batch(tensors, step * samples + rows.start, weight=0.0 if filler else 1.0))
     return micro_batches
 
 
