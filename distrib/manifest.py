@@ -126,9 +126,13 @@ def publish(temporary: Path, root: Path, step: int) -> Path:
 
 def remove(directory: Path) -> None:
     """Deletes a checkpoint. It loses its name first, so that no half-deleted one can ever be found."""
-    doomed = directory.with_name(f"{TEMPORARY_PREFIX}deleted-{uuid.uuid4().hex[:12]}")
-    directory.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(_set_aside(directory))
+
+
+def _set_aside(directory: Path) -> Path:
+    aside = directory.with_name(f"{_TEMPORARY}deleted-{uuid.uuid4().hex[:12]}")
+    directory.rename(aside)
+    return aside
 
 
 def remove_temporaries(root: Path) -> None:
