@@ -130,7 +130,7 @@ def remove(directory: Path) -> None:
 
 
 def _set_aside(directory: Path) -> Path:
-    aside = directory.with_name(f"{_TEMPORARY}deleted-{uuid.uuid4().hex[:12]}")
+    aside = directory.with_name(f"{TEMPORARY_PREFIX}deleted-{uuid.uuid4().hex[:12]}")
     directory.rename(aside)
     return aside
 
