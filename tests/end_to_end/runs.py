@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def wait_until(condition: Any, what: str, seconds: float = TIMEOUT_SECONDS) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = TIMEOUT_SECONDS) -> None:
     """Polls until `condition()` holds; the limit only ends a test that would hang."""
     deadline = time.monotonic() + seconds
     while not condition():

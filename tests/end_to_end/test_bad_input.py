@@ -1,0 +1,234 @@
+"""What goes wrong outside of the program: one clear line (what, where, what to do), the right exit code, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.tracking.metrics_file import read_metrics
+from tests.end_to_end.runs import (
+    LOCKSTEP,
+    checkpoints,
+    command,
+    environment,
+    final_bytes,
+    history,
+    lockstep,
+    started,
+    wait_for_step,
+    write_recipe,
+)
+from tests.end_to_end.user_models import write_user_package
+
+
+@pytest.fixture
+def own_dataset(dataset: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(dataset, tmp_path / "own-dataset")
+
+
+@pytest.fixture
+def run(straight_run: Callable[[int], Path], tmp_path: Path) -> Path:
+    """The test's own copy of a finished run of 40 steps."""
+    return shutil.copytree(straight_run(1), tmp_path / "run")
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("text:missing", ["source missing", "no such file"]),
+        ("text:empty", ["source text:empty", "no documents", "correct data.source"]),
+        ("text:one", ["source text:one", "no documents for", "validation_fraction"]),
+        ("jsonl:broken.jsonl#text", ["broken.jsonl:2", "not JSON"]),
+        ("jsonl:broken.jsonl#body", ["broken.jsonl:1", "'body'"]),
+        ("text:binary", ["not UTF-8 at byte 1"]),
+        ("images:empty", ["source empty", "no images in sub-folders"]),
+    ],
+)
+def test_a_source_that_cannot_be_prepared(source: str, parts: list[str], recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "nothing.txt").touch()
+    if source.startswith("images"):
+        (tmp_path / "empty" / "nothing.txt").unlink()
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "text.txt").write_text("a single document")
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "text.txt").write_bytes(b"a\xff")
+    (tmp_path / "broken.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    ended = lockstep("train", recipe, f"data.source={source}", "data.directory=made", "run.directory=run", cwd=tmp_path)
+    ended.failed_with(2, *parts)
+    assert not (tmp_path / "made").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_altered_shard_stops_the_run_and_is_named(own_dataset: Path, recipe: Path, tmp_path: Path) -> None:
+    """The byte lies where only the training split reads it: the run finds it while it trains."""
+    shard = next(own_dataset.glob("train-*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    ended = lockstep(
+        "train", recipe, f"data.directory={own_dataset}", "run.directory=run", "--workers", 2, cwd=tmp_path
+    )
+    assert ended.code == 78
+    assert "Traceback" not in ended.err
+    assert all(f"{shard}: block 0" in line and "was altered" in line for line in ended.told)
+    assert ended.told
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert outcome["exit_code"] == 78
+    assert str(shard) in outcome["reason"]
+
+
+@pytest.mark.parametrize("change", ["truncated", "missing", "altered manifest"])
+def test_a_damaged_dataset_is_named_before_training(
+    change: str, own_dataset: Path, recipe: Path, tmp_path: Path
+) -> None:
+    shard = next(own_dataset.glob("train-*.bin"))
+    match change:
+        case "truncated":
+            shard.write_bytes(shard.read_bytes()[:-2])
+            parts = [str(shard), "2 bytes short of the manifest's"]
+        case "missing":
+            shard.unlink()
+            parts = [str(shard), "missing"]
+        case "altered manifest":
+            manifest = own_dataset / "manifest.json"
+            manifest.write_text(manifest.read_text().replace('"documents": ', '"documents": 1', 1))
+            parts = [str(manifest), "altered or damaged"]
+    ended = lockstep("train", recipe, f"data.directory={own_dataset}", "run.directory=run", cwd=tmp_path)
+    ended.failed_with(78, *parts, "restore the file")
+
+
+def test_a_dataset_of_a_newer_version_is_left_alone(own_dataset: Path, recipe: Path, tmp_path: Path) -> None:
+    manifest = own_dataset / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    before = files_of(own_dataset)
+    ended = lockstep("train", recipe, f"data.directory={own_dataset}", "run.directory=run", cwd=tmp_path)
+    ended.failed_with(2, str(manifest), "format_version 2 is newer", "update Lockstep")
+    assert files_of(own_dataset) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["model.vocabulary_size=100"], ["model.vocabulary_size 100 is smaller than the data's 257"]),
+        (["data.sequence_tokens=100000"], ["data.sequence_tokens 100000 is longer than the train data"]),
+        (["model.context_tokens=32"], ["model.context_tokens 32 is shorter than data.sequence_tokens 64"]),
+        (["model={kind: lenet5}"], ["override 'model={kind: lenet5}'"]),
+    ],
+)
+def test_a_model_that_does_not_fit_the_data(
+    overrides: list[str], parts: list[str], recipe: Path, tmp_path: Path
+) -> None:
+    ended = lockstep("train", recipe, *overrides, "run.directory=run", "--workers", 1, cwd=tmp_path)
+    ended.failed_with(2, *parts)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_place_that_cannot_be_written(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no directory")
+    ended = lockstep("train", recipe, "run.directory=file/run", "--workers", 2, cwd=tmp_path)
+    ended.failed_with(2, "run directory", "file", "cannot be written", "set run.directory")
+    assert (tmp_path / "file").read_text() == "no directory"
+
+
+def test_no_room_for_a_checkpoint(run: Path, recipe: Path, straight_run: Callable[[int], Path]) -> None:
+    """Files may not grow beyond 100 kB, as on a full disk: training goes on, is told, and ends with 78."""
+    arguments = ["train", recipe, f"run.directory={run}", "--resume", "auto", "--workers", 1]
+    arguments += ["run.steps=47", "--allow-change"]
+    ended = lockstep(*arguments, cwd=run.parent, limits={resource.RLIMIT_FSIZE: 100_000})
+    ended.failed_with(78, "after step 47", "no room for a checkpoint", "earlier checkpoints are intact")
+    assert "checkpoint of step 45 not saved" in ended.err
+    assert final_bytes(run) == final_bytes(straight_run(1))
+    assert len(history(run)) == 47
+    assert not list((run / "checkpoints").glob(".tmp-*"))
+    lockstep(*arguments, cwd=run.parent).succeeded()
+    assert checkpoints(run)[-1] == "step-00000047"
+
+
+def test_no_room_for_metrics(run: Path, recipe: Path, straight_run: Callable[[int], Path]) -> None:
+    size = (run / "metrics.jsonl").stat().st_size
+    arguments = ["train", recipe, f"run.directory={run}", "--resume", "auto", "--workers", 1]
+    arguments += ["run.steps=60", "--allow-change", "checkpoint.every_steps=null", "evaluation.samples=8"]
+    ended = lockstep(*arguments, cwd=run.parent, limits={resource.RLIMIT_FSIZE: size + 1000})
+    ended.failed_with(78, "metrics.jsonl: cannot be written", "free some space and resume")
+    assert json.loads((run / "outcome.json").read_text())["exit_code"] == 78
+    assert final_bytes(run) == final_bytes(straight_run(1))
+    lockstep(*arguments, cwd=run.parent).succeeded()
+    assert [record["step"] for record in read_metrics(run)[0]] == list(range(1, 61))
+
+
+def test_no_room_for_a_new_run(recipe: Path, tmp_path: Path) -> None:
+    """Metrics and log lie on a device that is always full: one line each, and the right exit code."""
+    logs = tmp_path / "run" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "rank-0.log").symlink_to("/dev/full")
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    ended = lockstep("train", recipe, "run.directory=run", "--workers", 1, cwd=tmp_path)
+    assert ended.code == 78, ended.err
+    assert "Traceback" not in ended.err
+    warning, error = ended.told
+    assert warning.startswith("lockstep: warning: ")
+    assert "rank-0.log: cannot be written (No space left on device)" in warning
+    assert error.startswith("lockstep: error: run/metrics.jsonl: cannot be written (No space left on device)")
+
+
+def test_a_directory_that_already_holds_a_run(run: Path, recipe: Path) -> None:
+    before = files_of(run)
+    ended = lockstep("train", recipe, f"run.directory={run}", cwd=run.parent)
+    ended.failed_with(2, f"run.directory={run}: already holds a run", "--resume auto")
+    assert files_of(run) == before
+
+
+def test_two_processes_cannot_share_a_run(recipe: Path, tmp_path: Path) -> None:
+    arguments = ["train", recipe, "run.directory=run", "run.steps=100000", "--resume", "auto", "--workers", 1]
+    with started(LOCKSTEP, *arguments, cwd=tmp_path) as process:
+        wait_for_step(tmp_path / "run", 1, None, process)
+        second = lockstep(*arguments, cwd=tmp_path)
+        second.failed_with(2, "run directory run: another process is training in it")
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["exit_code"] == 75
+
+
+@pytest.mark.parametrize(
+    ("variables", "parts"),
+    [
+        ({"RANK": "0"}, ["half set: RANK without WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT", "unset them all"]),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, ["without MASTER_ADDR, MASTER_PORT"]),
+        (
+            {"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            ["WORLD_SIZE='two'"],
+        ),
+    ],
+)
+def test_half_set_launcher_variables(variables: dict[str, str], parts: list[str], recipe: Path, tmp_path: Path) -> None:
+    worker = [sys.executable, "-m", "launch.train", recipe, "run.directory=run"]
+    ended = command(*worker, cwd=tmp_path, env=environment(**variables))
+    ended.failed_with(2, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_of_memory(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Before the first step, because the dry run meets it."""
+    values = recipe_values()
+    values["model"] = {"kind": "own_package.models_of_mine:build_hungry"}
+    recipe = write_recipe(tmp_path / "hungry.yaml", values)
+    folder = write_user_package(tmp_path / "mine")
+    ended = lockstep(
+        "train", recipe, "run.directory=run", "--workers", 1, cwd=tmp_path, env=environment(PYTHONPATH=str(folder))
+    )
+    ended.failed_with(78, "out of memory", "you tried to allocate", "lower batch.micro_samples")
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert (outcome["exit_code"], outcome["step"]) == (78, 0)

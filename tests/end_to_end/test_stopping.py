@@ -1,0 +1,123 @@
+"""Requests to stop, and what is left of a run whose processes were killed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.runs import (
+    LOCKSTEP,
+    checkpoints,
+    command,
+    environment,
+    is_running,
+    lockstep,
+    started,
+    wait_for_step,
+    wait_until,
+    workers_of,
+    write_recipe,
+)
+from tests.end_to_end.user_models import write_user_package
+
+ENDLESS = ["run.directory=run", "run.steps=1000000"]
+
+
+def assert_stopped_with_everything_saved(code: int, err: str, run: Path) -> None:
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert code == 75, err
+    assert outcome["exit_code"] == 75
+    assert checkpoints(run)[-1] == f"step-{outcome['step']:08d}"
+    [line] = [line for line in err.splitlines() if line.startswith("lockstep: ")]
+    assert line == f"lockstep: stopped on request after step {outcome['step']} of 1000000; everything is saved"
+
+
+def test_the_stop_file_ends_a_run(recipe: Path, tmp_path: Path) -> None:
+    with started(LOCKSTEP, "train", recipe, *ENDLESS, "--workers", 2, cwd=tmp_path) as process:
+        wait_for_step(tmp_path / "run", 3, None, process)
+        (tmp_path / "run" / "stop").touch()
+        _, err = process.communicate(timeout=60)
+    assert_stopped_with_everything_saved(process.returncode, err, tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_that_comes_before_the_workers_listen_is_heard(
+    number: signal.Signals, recipe: Path, tmp_path: Path
+) -> None:
+    with started(LOCKSTEP, "train", recipe, *ENDLESS, "--workers", 2, cwd=tmp_path) as process:
+        wait_until(lambda: len(workers_of(process.pid)) == 2, "both workers")
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert_stopped_with_everything_saved(process.returncode, err, tmp_path / "run")
+
+
+def test_a_request_while_preparing_data_ends_with_75(recipe: Path, tmp_path: Path) -> None:
+    """It waits for another process that prepares the same dataset."""
+    lock = tmp_path / ".made.lock"
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        arguments = ["train", recipe, f"data.directory={tmp_path / 'made'}"]
+        with started(LOCKSTEP, *arguments, *ENDLESS, cwd=tmp_path) as process:
+            wait_until(lambda: _waits_for_lock(process.pid), "waiting for the other preparation")
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert err.splitlines()[-1] == "lockstep: interrupted; what was finished is intact"
+    assert not (tmp_path / "made").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def _waits_for_lock(pid: int) -> bool:
+    return f" {pid} " in "".join(line for line in Path("/proc/locks").read_text().splitlines() if "->" in line)
+
+
+def test_a_second_interrupt_ends_at_once_and_leaves_nobody(
+    recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """A step of this model takes a minute: the first Ctrl-C waits for it, the second does not."""
+    values = recipe_values()
+    values["model"] = {"kind": "own_package.models_of_mine:build_slow"}
+    recipe = write_recipe(tmp_path / "slow.yaml", values)
+    env = environment(PYTHONPATH=str(write_user_package(tmp_path / "mine")))
+    with started(LOCKSTEP, "train", recipe, *ENDLESS, "--workers", 2, cwd=tmp_path, env=env) as process:
+        log = tmp_path / "run" / "logs" / "rank-0.log"
+        wait_until(lambda: log.exists() and "evaluation after step 0" in log.read_text(), "the first evaluation")
+        workers = workers_of(process.pid)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1.0)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+        assert process.returncode == 1
+        wait_until(lambda: not any(map(is_running, workers)), "the end of all workers", seconds=10)
+
+
+def test_leftovers_of_killed_saves_are_cleared(recipe: Path, tmp_path: Path) -> None:
+    leftover = tmp_path / "run" / "checkpoints" / ".tmp-step-00000005-0123456789ab"
+    leftover.mkdir(parents=True)
+    (leftover / "model-00001.safetensors").write_bytes(b"half")
+    lockstep("train", recipe, "run.directory=run", "run.steps=1", "--workers", 1, cwd=tmp_path).succeeded()
+    assert not leftover.exists()
+
+
+def test_a_worker_that_breaks_shows_its_traceback_and_takes_the_others_along(
+    recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    values = recipe_values()
+    values["model"] = {"kind": "own_package.models_of_mine:build_broken"}
+    recipe = write_recipe(tmp_path / "broken.yaml", values)
+    env = environment(PYTHONPATH=str(write_user_package(tmp_path / "mine")))
+    ended = command(LOCKSTEP, "train", recipe, "run.directory=run", "--workers", 2, cwd=tmp_path, env=env)
+    assert ended.code == 1
+    assert "AttributeError: 'Tensor' object has no attribute 'no_such_thing'" in ended.err
+    assert 'models_of_mine.py", line' in ended.err
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert outcome["exit_code"] == 1
+    assert "no_such_thing" in outcome["reason"]

@@ -1,0 +1,96 @@
+"""Models as a user might bring them, written into a folder of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SOURCE = '''
+"""A user's own models: they know nothing of Lockstep but the shape they are built for."""
+
+import time
+
+import torch
+from torch import nn
+
+
+class Plain(nn.Module):
+    """A bigram model: nothing but nn.Module."""
+
+    def __init__(self, vocabulary_size, width):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary_size, width)
+        self.output = nn.Linear(width, vocabulary_size)
+
+    def forward(self, tokens):
+        return self.output(self.embedding(tokens))
+
+
+class WithMethods(Plain):
+    """The same, with what makes its initial values independent of everything but seed, name and shape."""
+
+    def blocks(self):
+        return [self.output]
+
+    def initialise_parameter(self, name, parameter, generator):
+        parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+    def initialise_buffers(self):
+        pass
+
+
+class Hungry(Plain):
+    """Asks for more memory than any machine has."""
+
+    def forward(self, tokens):
+        if not tokens.is_meta:
+            torch.empty(2**50)
+        return super().forward(tokens)
+
+
+class Slow(Plain):
+    """Takes a minute for every training step."""
+
+    def forward(self, tokens):
+        if self.training and tokens.shape[0] > 1 and self.dry:
+            time.sleep(60)
+        self.dry = self.training and not tokens.is_meta
+        return super().forward(tokens)
+
+    dry = False
+
+
+class Broken(Plain):
+    """Has a mistake."""
+
+    def forward(self, tokens):
+        return super().forward(tokens).no_such_thing
+
+
+def build(shape, width=16):
+    return Plain(shape.vocabulary_size, width)
+
+
+def build_with_methods(shape, width=16):
+    return WithMethods(shape.vocabulary_size, width)
+
+
+def build_hungry(shape):
+    return Hungry(shape.vocabulary_size, 16)
+
+
+def build_slow(shape):
+    return Slow(shape.vocabulary_size, 16)
+
+
+def build_broken(shape):
+    return Broken(shape.vocabulary_size, 16)
+'''
+
+
+def write_user_package(folder: Path) -> Path:
+    """The package `own_package` with the module `models_of_mine`, to be put on PYTHONPATH."""
+    package = folder / "own_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "models_of_mine.py").write_text(SOURCE)
+    return folder
