@@ -1,0 +1,264 @@
+"""The contenders of the step benchmark: the bare loop that a researcher writes first, and this project's own loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data.manifest import read_manifest
+from data.order import ORDER_VERSION, Order
+from data.plan import Plan, Segment
+from data.stream import Stream
+from distrib.initialisation import make_initialised_model
+from distrib.native import NativeEngine
+from distrib.world import World, join_world, leave_world
+from launch.attempt import Attempt
+from launch.config import RunConfig
+from launch.console import Progress
+from launch.ledger import Ledger
+from launch.loop import Hooks, Intervals, train
+from launch.materials import Materials, open_materials
+from launch.meter import Meter
+from launch.recipe import parse_recipe
+from launch.run_directory import RunDirectory
+from launch.stopping import StopRequest
+from launch.tracking.tracking import Tracking
+from launch.worker_log import start_logging
+
+BARE, PLAIN, FULL = "bare", "plain", "full"
+MEANING = {
+    BARE: "a bare PyTorch loop: fused AdamW, batches from a memory map, DDP with its defaults on two processes",
+    PLAIN: "this loop and its stream, without clipping and tracking (digest and gradient norm are always computed)",
+    FULL: "this loop and its stream with clipping, digest, progress and `metrics.jsonl`",
+}
+SPARE_STEPS = 256  # the stream never ends within a measurement, so that its thread always has work
+PROBE_SAMPLES = 8
+# High enough never to scale a gradient, so that the probe loss stays comparable; clipping costs the same.
+CLIP_NORM = 1e6
+
+
+@dataclass(frozen=True)
+class Table:
+    """One comparison: a model, a number of processes, and how much is measured."""
+
+    size: str
+    processes: int
+    threads: int
+    model: dict[str, Any]
+    sequence_tokens: int
+    micro_samples: int
+    contenders: tuple[str, ...]
+    starts: int
+    rounds: int
+    block_steps: int
+    warmup_steps: int
+    most_over_ms: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Milliseconds a step above the bare loop that a contender may cost."""
+    most_ratio: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Step time over the bare loop's that a contender may need."""
+
+    @property
+    def total_steps(self) -> int:
+        return self.warmup_steps + self.rounds * self.block_steps
+
+    @property
+    def global_samples(self) -> int:
+        return self.micro_samples * self.processes
+
+    @property
+    def title(self) -> str:
+        processes = "1 process" if self.processes == 1 else f"{self.processes} processes, gloo,"
+        return f"{processes} x {self.threads} thread(s), {self.size} model"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process of a contender is told."""
+
+    table: Table
+    contender: str
+    rank: int
+    port: int
+    dataset: Path
+    directory: Path
+
+
+def run_contender(connection: Connection, job: Job) -> None:
+    """The life of one process of a contender: set up, run blocks when the gate opens, tell the probe loss."""
+    if job.table.processes > 1:
+        os.environ.update(
+            RANK=str(job.rank), WORLD_SIZE=str(job.table.processes), LOCAL_RANK=str(job.rank),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job.port),
+        )  # fmt: skip
+    torch.set_num_threads(job.table.threads)
+    config = _config(job)
+    materials = open_materials(config, job.dataset)
+    world = join_world("cpu")
+    run = _run_bare if job.contender == BARE else _run_lockstep
+    probe_loss = _probe_loss(run(job, config, materials, world, connection), job)
+    connection.send((probe_loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    leave_world(world)
+
+
+def _gated(connection: Connection, batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches, in blocks of as many as the gate says, until it says 0.
+
+    A block's time runs from its first fetch until the loop asks for the batch after its last, so nothing of the loop is
+    left out and waiting at the gate is not counted.
+    """
+    connection.send("ready")
+    while steps := connection.recv():
+        begun = time.perf_counter()
+        yield from islice(batches, steps)
+        connection.send(time.perf_counter() - begun)
+
+
+def _config(job: Job) -> RunConfig:
+    table = job.table
+    recipe = {
+        "run": {"name": "benchmark", "steps": table.total_steps + SPARE_STEPS, "directory": str(job.directory)},
+        "model": table.model,
+        "task": {"kind": "language_modelling"},
+        "data": data_section(job.dataset) | {"sequence_tokens": table.sequence_tokens},
+        "batch": {"global_samples": table.global_samples, "micro_samples": table.micro_samples},
+        "optimizer": {
+            "lr": 1e-3,
+            "weight_decay": 0.0,  # which parameters are decayed is a matter of taste, not of speed
+            "clip_norm": CLIP_NORM if job.contender == FULL else None,
+        },
+        "schedule": {"kind": "constant"},
+        "checkpoint": {"every_steps": None},
+        "tracking": {"wandb": "off", "tensorboard": False, "progress": "lines"},
+    }
+    return parse_recipe(recipe, "benchmark")
+
+
+def data_section(dataset: Path) -> dict[str, Any]:
+    # One shard, which the bare loop can map as it is.
+    return {"source": "stdlib", "tokenizer": "bytes", "directory": str(dataset), "shard_bytes": 2**30}
+
+
+def _rows(job: Job) -> npt.NDArray[np.uint16]:
+    """The training samples (n, T + 1) as views into the memory map, each row's last token the next one's first."""
+    (shard,) = read_manifest(job.dataset).splits["train"].shards
+    tokens = np.memmap(job.dataset / shard.data.name, dtype="<u2", mode="r")
+    sequence_tokens = job.table.sequence_tokens
+    return np.lib.stride_tricks.sliding_window_view(tokens, sequence_tokens + 1)[::sequence_tokens]
+
+
+def _run_bare(job: Job, config: RunConfig, materials: Materials, world: World, connection: Connection) -> nn.Module:
+    """The loop that a researcher writes first."""
+    table, rows = job.table, _rows(job)
+    positions = np.arange((table.total_steps + SPARE_STEPS) * table.global_samples)
+    order = Order(len(rows), config.run.seed).sample_ids(positions)[1]
+    index = order.reshape(-1, world.size, table.micro_samples)[:, world.rank]  # (steps, micro_samples)
+    batches = (torch.from_numpy(rows[ids].astype(np.int64)) for ids in index)
+
+    module = make_initialised_model(materials.make_model, config.run.seed, world.device)
+    model = module if world.size == 1 else DistributedDataParallel(module)
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(), settings.lr, settings.betas, settings.epsilon, settings.weight_decay, fused=True
+    )
+    for tokens in _gated(connection, batches):
+        logits = model(tokens[:, :-1])  # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return module
+
+
+def _run_lockstep(job: Job, config: RunConfig, materials: Materials, world: World, connection: Connection) -> nn.Module:
+    """The real loop over the real engine and stream; PLAIN without, FULL with what a run writes and shows."""
+    segment = Segment(
+        start_position=0,
+        fingerprints=(materials.training.fingerprint,),
+        order=ORDER_VERSION,
+        sequence_tokens=config.data.sequence_tokens,
+        seed=config.run.seed,
+        global_samples=config.batch.global_samples,
+    )
+    plan = Plan.of([segment])
+    engine = NativeEngine(
+        lambda: make_initialised_model(materials.make_model, config.run.seed, world.device),
+        materials.task.loss,
+        world=world,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        steps=config.run.steps,
+        seed=config.run.seed,
+        precision=config.parallel.precision,
+    )
+    stream = Stream(
+        materials.training,
+        plan,
+        rank=world.data_rank,
+        world_size=world.data_size,
+        micro_samples=config.batch.micro_samples,
+        position=0,
+        stop_position=config.run.steps * config.batch.global_samples,
+        count_items=materials.task.items,
+        reduce_items=world.sum_in_prefetch_thread if world.size > 1 else None,
+        prefetch_steps=config.data.prefetch_steps,
+    )
+    attempt = _attempt(job, config, materials, world, engine, plan)
+    record: Callable[[dict[str, Any]], None] = attempt.record if job.contender == FULL else _ignore
+    try:
+        train(
+            engine,
+            _gated(connection, iter(stream)),
+            attempt.ledger,
+            world=world,
+            meter=Meter(world.device, flops_per_item=None, peak_flops=None, ranks=world.data_size),
+            intervals=Intervals(save_every_steps=None, evaluate_every_steps=None),
+            hooks=Hooks(record, lambda: None, lambda: None, attempt.stop.asked),
+        )
+    finally:
+        stream.close()
+        if attempt.tracking is not None:
+            attempt.tracking.close()
+    return engine.module
+
+
+def _attempt(
+    job: Job, config: RunConfig, materials: Materials, world: World, engine: NativeEngine, plan: Plan
+) -> Attempt:
+    run = RunDirectory(job.directory, {"name": "benchmark", "attempts": [{}], "wandb_run_id": "none"})
+    (run.path / "logs").mkdir(parents=True, exist_ok=True)
+    start_logging(run.path, world.rank)
+    attempt = Attempt(config, world, run, materials, engine, plan, Ledger(), StopRequest())
+    if job.contender == FULL and world.rank == 0:
+        attempt.stop.watch(run.stop_file)
+        attempt.progress = Progress("lines", config.run.steps, 1, materials.item_name, stream=io.StringIO())
+        attempt.tracking = Tracking(
+            config.tracking, run.path, run_name="benchmark", wandb_run_id="none", recipe=config.model_dump(mode="json")
+        )
+    return attempt
+
+
+def _ignore(record: dict[str, Any]) -> None:
+    """What tracking that is off does with a step."""
+
+
+@torch.no_grad()
+def _probe_loss(module: nn.Module, job: Job) -> float:
+    tokens = torch.from_numpy(_rows(job)[:PROBE_SAMPLES].astype(np.int64))
+    logits = module.eval()(tokens[:, :-1])
+    return float(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
