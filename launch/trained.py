@@ -13,6 +13,7 @@ from data.prepare import prepare
 from data.stream import evaluation_batches
 from distrib.checkpoint import Checkpoint, load_tensors, newest_good_checkpoint, open_checkpoint
 from distrib.initialisation import make_initialised_model
+from distrib.manifest import BadCheckpoint, corrupt_checkpoints
 from distrib.model_state import model_tensors
 from distrib.world import World, single_process_world
 from launch.attempt import format_metrics
@@ -98,9 +99,11 @@ def _find_checkpoint(run_directory: Path, checkpoint: Path | None, world: World)
     if checkpoint is not None:
         return open_checkpoint(checkpoint, world)
     found, passed_over = newest_good_checkpoint(run_directory / "checkpoints", world)
+    if found is None and not corrupt_checkpoints(run_directory / "checkpoints"):
+        raise ValueError(f"{run_directory}: no checkpoint was saved yet; train it further")
     if found is None:
-        reasons = "; ".join(bad.reason for bad in passed_over) or "none was saved yet"
-        raise ValueError(f"{run_directory}: no good checkpoint ({reasons})")
+        reasons = "; ".join(bad.reason for bad in passed_over) or "all failed verification before"
+        raise BadCheckpoint(f"{run_directory}: no good checkpoint ({reasons}); restore one, or train anew")
     for bad in passed_over:
         print(f"passed over a checkpoint: {bad.reason}; kept as {bad.path.name}", file=sys.stderr)
     return found
