@@ -294,7 +294,9 @@ def _flops_per_item(attempt: Attempt) -> float | None:
     """None for a user's own model that cannot be counted, which is told: a guess would make MFU a lie."""
     materials = attempt.materials
     try:
-        flops = training_flops_per_sample(materials.make_model, materials.task, materials.shape)
+        # Anomaly detection (--debug) reads values, and the meta device, where FLOPs are counted, has none.
+        with torch.autograd.set_detect_anomaly(False):
+            flops = training_flops_per_sample(materials.make_model, materials.task, materials.shape)
     except (NotImplementedError, RuntimeError) as error:
         if ":" not in attempt.config.model.kind:
             raise
