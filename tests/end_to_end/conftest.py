@@ -55,3 +55,30 @@ def straight_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
         return done[world_size]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def learned_gpt(recipe_values: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GPT trained on the corpus until it has learned its words. Tests must not change it."""
+    directory = tmp_path_factory.mktemp("learned")
+    values = recipe_values(
+        run={"steps": 150},
+        model={"width": 64, "dropout": 0.0},
+        batch={"global_samples": 16, "micro_samples": 16},
+        optimizer={"lr": 5.0e-3},
+        schedule={"warmup_steps": 20},
+        evaluation={"samples": None, "generated_tokens": 60},
+        checkpoint={"every_steps": 100},
+    )
+    recipe = write_recipe(directory / "learn.yaml", values)
+    lockstep("train", recipe, "run.directory=gpt", "--workers", 1, cwd=directory).succeeded()
+    return directory / "gpt"
+
+
+@pytest.fixture(scope="session")
+def learned_lenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped recipe, whole. Tests must not change it."""
+    directory = tmp_path_factory.mktemp("lenet")
+    quiet = ["tracking.wandb=off", "tracking.tensorboard=false"]
+    lockstep("train", "lenet-digits", "run.directory=lenet", *quiet, "--workers", 1, cwd=directory).succeeded()
+    return directory / "lenet"

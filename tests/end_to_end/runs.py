@@ -23,7 +23,7 @@ LOCKSTEP = str(Path(sys.executable).parent / "lockstep")
 # Only ever reached where something hangs.
 TIMEOUT_SECONDS = 200.0
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_WORDS = (
+WORDS = (
     "the",
     "cat",
     "sat",
@@ -47,7 +47,7 @@ def write_corpus(directory: Path, documents: int = 60, seed: int = 7) -> Path:
     directory.mkdir(parents=True)
     choose = random.Random(seed)
     for number in range(documents):
-        text = " ".join(choose.choice(_WORDS) for _ in range(120))
+        text = " ".join(choose.choice(WORDS) for _ in range(120))
         (directory / f"document-{number:02d}.txt").write_text(text + "\n")
     return directory
 
