@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import signal
@@ -113,11 +114,9 @@ class Result:
         return self
 
 
-def command(
-    *arguments: object, cwd: Path, env: Mapping[str, str] | None = None, limits: Mapping[int, int] | None = None
-) -> Result:
-    """Runs a command to its end. `limits`: resource limits, such as `resource.RLIMIT_FSIZE`, for it and its children."""
-    with started(*arguments, cwd=cwd, env=env, limits=limits) as process:
+def command(*arguments: object, cwd: Path, env: Mapping[str, str] | None = None) -> Result:
+    """Runs a command to its end."""
+    with started(*arguments, cwd=cwd, env=env) as process:
         out, err = process.communicate(timeout=TIMEOUT_SECONDS)
     return Result(process.returncode, out, err)
 
@@ -127,16 +126,66 @@ def lockstep(*arguments: object, cwd: Path, **keywords: Any) -> Result:
     return command(LOCKSTEP, *arguments, cwd=cwd, **keywords)
 
 
+class WarmProcess:
+    """Runs our commands as children of a process that has imported everything, see warm_process.py."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        script = Path(__file__).with_name("warm_process.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(script)],
+            # Arrow's own allocator would start a thread.
+            env=environment(ARROW_DEFAULT_MEMORY_POOL="system"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def worker(self, *arguments: object, **keywords: Any) -> Result:
+        """`python -m launch.train ...`, alone. Keywords: cwd, env, and limits such as `{resource.RLIMIT_FSIZE: 4096}`."""
+        return self._run("launch.train", arguments, **keywords)
+
+    def lockstep(self, *arguments: object, **keywords: Any) -> Result:
+        """`lockstep ...`; for `train`, which starts processes itself, this wins nothing."""
+        return self._run("launch.cli", arguments, **keywords)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _run(
+        self,
+        module: str,
+        arguments: Sequence[object],
+        *,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        limits: Mapping[int, int] | None = None,
+    ) -> Result:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        out, err = self._directory / "out", self._directory / "err"
+        for path in (out, err):
+            path.write_bytes(b"")
+        request = {
+            "module": module,
+            "arguments": [str(argument) for argument in arguments],
+            "cwd": str(cwd),
+            "environment": dict(env if env is not None else environment()),
+            "limits": list((limits or {}).items()),
+            "out": str(out),
+            "err": str(err),
+        }
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return Result(int(self._process.stdout.readline()), out.read_text(), err.read_text())
+
+
 @contextlib.contextmanager
-def started(
-    *arguments: object, cwd: Path, env: Mapping[str, str] | None = None, limits: Mapping[int, int] | None = None
-) -> Iterator[subprocess.Popen[str]]:
+def started(*arguments: object, cwd: Path, env: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
     """A command in a session of its own, as a terminal would start it; it and its workers are gone at the end."""
-    words: Sequence[str] = [str(argument) for argument in arguments]
-    if limits:
-        words = [sys.executable, "-c", _LIMITED, repr(dict(limits)), *words]
     process = subprocess.Popen(
-        words,
+        [str(argument) for argument in arguments],
         cwd=cwd,
         env=dict(env if env is not None else environment()),
         stdin=subprocess.DEVNULL,
@@ -152,15 +201,6 @@ def started(
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
-
-
-# Sets its own limits and becomes the command: what `ulimit` does, without a shell.
-_LIMITED = """
-import ast, os, resource, sys
-for kind, limit in ast.literal_eval(sys.argv[1]).items():
-    resource.setrlimit(kind, (limit, limit))
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 def workers_of(supervisor: int) -> list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import pytest
 from launch.tracking.metrics_file import read_metrics
 from tests.end_to_end.runs import (
     LOCKSTEP,
+    WarmProcess,
     checkpoints,
-    command,
     environment,
     final_bytes,
     history,
@@ -91,7 +90,7 @@ def test_an_altered_shard_stops_the_run_and_is_named(own_dataset: Path, recipe: 
 
 @pytest.mark.parametrize("change", ["truncated", "missing", "altered manifest"])
 def test_a_damaged_dataset_is_named_before_training(
-    change: str, own_dataset: Path, recipe: Path, tmp_path: Path
+    warm: WarmProcess, change: str, own_dataset: Path, recipe: Path, tmp_path: Path
 ) -> None:
     shard = next(own_dataset.glob("train-*.bin"))
     match change:
@@ -105,15 +104,17 @@ def test_a_damaged_dataset_is_named_before_training(
             manifest = own_dataset / "manifest.json"
             manifest.write_text(manifest.read_text().replace('"documents": ', '"documents": 1', 1))
             parts = [str(manifest), "altered or damaged"]
-    ended = lockstep("train", recipe, f"data.directory={own_dataset}", "run.directory=run", cwd=tmp_path)
+    ended = warm.worker(recipe, f"data.directory={own_dataset}", "run.directory=run", cwd=tmp_path)
     ended.failed_with(78, *parts, "restore the file")
 
 
-def test_a_dataset_of_a_newer_version_is_left_alone(own_dataset: Path, recipe: Path, tmp_path: Path) -> None:
+def test_a_dataset_of_a_newer_version_is_left_alone(
+    warm: WarmProcess, own_dataset: Path, recipe: Path, tmp_path: Path
+) -> None:
     manifest = own_dataset / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
     before = files_of(own_dataset)
-    ended = lockstep("train", recipe, f"data.directory={own_dataset}", "run.directory=run", cwd=tmp_path)
+    ended = warm.worker(recipe, f"data.directory={own_dataset}", "run.directory=run", cwd=tmp_path)
     ended.failed_with(2, str(manifest), "format_version 2 is newer", "update Lockstep")
     assert files_of(own_dataset) == before
 
@@ -128,53 +129,55 @@ def test_a_dataset_of_a_newer_version_is_left_alone(own_dataset: Path, recipe: P
     ],
 )
 def test_a_model_that_does_not_fit_the_data(
-    overrides: list[str], parts: list[str], recipe: Path, tmp_path: Path
+    warm: WarmProcess, overrides: list[str], parts: list[str], recipe: Path, tmp_path: Path
 ) -> None:
-    ended = lockstep("train", recipe, *overrides, "run.directory=run", "--workers", 1, cwd=tmp_path)
+    ended = warm.worker(recipe, *overrides, "run.directory=run", cwd=tmp_path)
     ended.failed_with(2, *parts)
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_a_place_that_cannot_be_written(recipe: Path, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written(warm: WarmProcess, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
-    ended = lockstep("train", recipe, "run.directory=file/run", "--workers", 2, cwd=tmp_path)
+    ended = warm.worker(recipe, "run.directory=file/run", cwd=tmp_path)
     ended.failed_with(2, "run directory", "file", "cannot be written", "set run.directory")
     assert (tmp_path / "file").read_text() == "no directory"
 
 
-def test_no_room_for_a_checkpoint(run: Path, recipe: Path, straight_run: Callable[[int], Path]) -> None:
+def test_no_room_for_a_checkpoint(
+    warm: WarmProcess, run: Path, recipe: Path, straight_run: Callable[[int], Path]
+) -> None:
     """Files may not grow beyond 100 kB, as on a full disk: training goes on, is told, and ends with 78."""
-    arguments = ["train", recipe, f"run.directory={run}", "--resume", "auto", "--workers", 1]
+    arguments = [recipe, f"run.directory={run}", "--resume", "auto"]
     arguments += ["run.steps=47", "--allow-change"]
-    ended = lockstep(*arguments, cwd=run.parent, limits={resource.RLIMIT_FSIZE: 100_000})
+    ended = warm.worker(*arguments, cwd=run.parent, limits={resource.RLIMIT_FSIZE: 100_000})
     ended.failed_with(78, "after step 47", "no room for a checkpoint", "earlier checkpoints are intact")
     assert "checkpoint of step 45 not saved" in ended.err
     assert final_bytes(run) == final_bytes(straight_run(1))
     assert len(history(run)) == 47
     assert not list((run / "checkpoints").glob(".tmp-*"))
-    lockstep(*arguments, cwd=run.parent).succeeded()
+    warm.worker(*arguments, cwd=run.parent).succeeded()
     assert checkpoints(run)[-1] == "step-00000047"
 
 
-def test_no_room_for_metrics(run: Path, recipe: Path, straight_run: Callable[[int], Path]) -> None:
+def test_no_room_for_metrics(warm: WarmProcess, run: Path, recipe: Path, straight_run: Callable[[int], Path]) -> None:
     size = (run / "metrics.jsonl").stat().st_size
-    arguments = ["train", recipe, f"run.directory={run}", "--resume", "auto", "--workers", 1]
+    arguments = [recipe, f"run.directory={run}", "--resume", "auto"]
     arguments += ["run.steps=60", "--allow-change", "checkpoint.every_steps=null", "evaluation.samples=8"]
-    ended = lockstep(*arguments, cwd=run.parent, limits={resource.RLIMIT_FSIZE: size + 1000})
+    ended = warm.worker(*arguments, cwd=run.parent, limits={resource.RLIMIT_FSIZE: size + 1000})
     ended.failed_with(78, "metrics.jsonl: cannot be written", "free some space and resume")
     assert json.loads((run / "outcome.json").read_text())["exit_code"] == 78
     assert final_bytes(run) == final_bytes(straight_run(1))
-    lockstep(*arguments, cwd=run.parent).succeeded()
+    warm.worker(*arguments, cwd=run.parent).succeeded()
     assert [record["step"] for record in read_metrics(run)[0]] == list(range(1, 61))
 
 
-def test_no_room_for_a_new_run(recipe: Path, tmp_path: Path) -> None:
+def test_no_room_for_a_new_run(warm: WarmProcess, recipe: Path, tmp_path: Path) -> None:
     """Metrics and log lie on a device that is always full: one line each, and the right exit code."""
     logs = tmp_path / "run" / "logs"
     logs.mkdir(parents=True)
     (logs / "rank-0.log").symlink_to("/dev/full")
     (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
-    ended = lockstep("train", recipe, "run.directory=run", "--workers", 1, cwd=tmp_path)
+    ended = warm.worker(recipe, "run.directory=run", cwd=tmp_path)
     assert ended.code == 78, ended.err
     assert "Traceback" not in ended.err
     warning, error = ended.told
@@ -213,22 +216,21 @@ def test_two_processes_cannot_share_a_run(recipe: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_half_set_launcher_variables(variables: dict[str, str], parts: list[str], recipe: Path, tmp_path: Path) -> None:
-    worker = [sys.executable, "-m", "launch.train", recipe, "run.directory=run"]
-    ended = command(*worker, cwd=tmp_path, env=environment(**variables))
+def test_half_set_launcher_variables(
+    warm: WarmProcess, variables: dict[str, str], parts: list[str], recipe: Path, tmp_path: Path
+) -> None:
+    ended = warm.worker(recipe, "run.directory=run", cwd=tmp_path, env=environment(**variables))
     ended.failed_with(2, *parts)
     assert not (tmp_path / "run").exists()
 
 
-def test_out_of_memory(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_out_of_memory(warm: WarmProcess, recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """Before the first step, because the dry run meets it."""
     values = recipe_values()
     values["model"] = {"kind": "own_package.models_of_mine:build_hungry"}
     recipe = write_recipe(tmp_path / "hungry.yaml", values)
     folder = write_user_package(tmp_path / "mine")
-    ended = lockstep(
-        "train", recipe, "run.directory=run", "--workers", 1, cwd=tmp_path, env=environment(PYTHONPATH=str(folder))
-    )
+    ended = warm.worker(recipe, "run.directory=run", cwd=tmp_path, env=environment(PYTHONPATH=str(folder)))
     ended.failed_with(78, "out of memory", "you tried to allocate", "lower batch.micro_samples")
     outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
     assert (outcome["exit_code"], outcome["step"]) == (78, 0)

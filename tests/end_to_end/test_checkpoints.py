@@ -14,7 +14,7 @@ import pytest
 from distrib.checkpoint import newest_good_checkpoint, open_checkpoint
 from distrib.manifest import BadCheckpoint, write_manifest
 from distrib.world import single_process_world
-from tests.end_to_end.runs import checkpoints, digests, final_bytes, history, lockstep
+from tests.end_to_end.runs import WarmProcess, checkpoints, digests, final_bytes, history, lockstep
 
 WORLD = single_process_world("cpu")
 
@@ -69,13 +69,13 @@ def test_a_flipped_bit_anywhere_is_seen(run: Path) -> None:
 
 @pytest.mark.long
 def test_every_flipped_byte_of_a_small_checkpoint_is_seen(
-    recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
+    warm: WarmProcess, recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     from tests.end_to_end.runs import write_recipe
 
     values = recipe_values(run={"steps": 1}, model={"layers": 1, "width": 2, "heads": 1, "feed_forward_width": 2})
     recipe = write_recipe(tmp_path / "small.yaml", values)
-    lockstep("train", recipe, "run.directory=run", "--workers", 1, cwd=tmp_path).succeeded()
+    warm.worker(recipe, "run.directory=run", cwd=tmp_path).succeeded()
     assert_every_flip_is_seen(newest(tmp_path / "run"), lambda size: list(range(size)), [3])
 
 
@@ -120,12 +120,10 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(run: Path) -> None:
 
 
 def test_training_goes_on_from_the_previous_checkpoint_to_the_same_end(
-    run: Path, recipe: Path, straight_run: Callable[[int], Path]
+    warm: WarmProcess, run: Path, recipe: Path, straight_run: Callable[[int], Path]
 ) -> None:
     flip(newest(run) / "optimizer-00001.safetensors", 5000, bit=2)
-    resumed = lockstep(
-        "train", recipe, f"run.directory={run}", "--resume", "auto", "--workers", 1, cwd=run.parent
-    ).succeeded()
+    resumed = warm.worker(recipe, f"run.directory={run}", "--resume", "auto", cwd=run.parent).succeeded()
     assert "passed over a checkpoint: " in resumed.err + resumed.out
     assert "optimizer-00001.safetensors: its bytes changed" in resumed.err + resumed.out
     assert "resumed from step 35" in resumed.err + resumed.out
@@ -134,22 +132,26 @@ def test_training_goes_on_from_the_previous_checkpoint_to_the_same_end(
     assert history(run) == history(straight_run(1))
 
 
-def test_a_run_whose_checkpoints_are_all_corrupt_does_not_start_over(run: Path, recipe: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_corrupt_does_not_start_over(
+    warm: WarmProcess, run: Path, recipe: Path
+) -> None:
     before = (run / "metrics.jsonl").read_bytes()
     for name in checkpoints(run):
         flip(run / "checkpoints" / name / "state.json", 3)
-    ended = lockstep("train", recipe, f"run.directory={run}", "--resume", "auto", "--workers", 1, cwd=run.parent)
+    ended = warm.worker(recipe, f"run.directory={run}", "--resume", "auto", cwd=run.parent)
     ended.failed_with(78, "checkpoints exist and none verifies", "restore one, or start a new run")
     assert json.loads((run / "outcome.json").read_text())["exit_code"] == 78
     assert (run / "metrics.jsonl").read_bytes() == before
     # Nor at the second try, when only the renamed ones are left.
-    again = lockstep("train", recipe, f"run.directory={run}", "--resume", "auto", "--workers", 1, cwd=run.parent)
+    again = warm.worker(recipe, f"run.directory={run}", "--resume", "auto", cwd=run.parent)
     again.failed_with(78, "none verifies")
 
 
-def test_a_named_checkpoint_that_is_corrupt_is_not_replaced_by_another(run: Path, recipe: Path) -> None:
+def test_a_named_checkpoint_that_is_corrupt_is_not_replaced_by_another(
+    warm: WarmProcess, run: Path, recipe: Path
+) -> None:
     flip(newest(run) / "state.json", 3)
-    ended = lockstep("train", recipe, "--resume", newest(run), "--workers", 1, cwd=run.parent)
+    ended = warm.worker(recipe, "--resume", newest(run), cwd=run.parent)
     ended.failed_with(78, "state.json", "its bytes changed")
     assert checkpoints(run) == ["step-00000035", "step-00000040"]
 
@@ -166,15 +168,15 @@ def rewrite_manifest(checkpoint: Path, **fields: Any) -> None:
     (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
 
 
-def test_a_checkpoint_of_a_newer_version_is_left_alone(run: Path, recipe: Path) -> None:
+def test_a_checkpoint_of_a_newer_version_is_left_alone(warm: WarmProcess, run: Path, recipe: Path) -> None:
     rewrite_manifest(newest(run), format_version=2)
-    ended = lockstep("train", recipe, f"run.directory={run}", "--resume", "auto", "--workers", 1, cwd=run.parent)
+    ended = warm.worker(recipe, f"run.directory={run}", "--resume", "auto", cwd=run.parent)
     ended.failed_with(2, "format version 2 is newer", "upgrade Lockstep")
     assert checkpoints(run) == ["step-00000035", "step-00000040"]
 
 
 def test_a_checkpoint_of_another_model_names_what_differs(
-    run: Path, recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
+    warm: WarmProcess, run: Path, recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     from tests.end_to_end.runs import write_recipe
 
@@ -182,33 +184,35 @@ def test_a_checkpoint_of_another_model_names_what_differs(
     # Without the run's recipe beside it, the tensors alone must show it.
     (run / "recipe.yaml").unlink()
     wider = write_recipe(tmp_path / "wider.yaml", recipe_values(model={"width": 64}))
-    ended = lockstep("train", wider, "run.directory=new", "--resume", newest(run), "--workers", 1, cwd=tmp_path)
+    ended = warm.worker(wider, "run.directory=new", "--resume", newest(run), cwd=tmp_path)
     ended.failed_with(2, "not a checkpoint of this model", "is [", "there and [")
     deeper = write_recipe(tmp_path / "deeper.yaml", recipe_values(model={"layers": 3}))
-    ended = lockstep("train", deeper, "run.directory=new2", "--resume", newest(run), "--workers", 1, cwd=tmp_path)
+    ended = warm.worker(deeper, "run.directory=new2", "--resume", newest(run), cwd=tmp_path)
     ended.failed_with(2, "not a checkpoint of this model", "it lacks ", " more")
     assert final_bytes(run) == before
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(
-    run: Path, recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
+    warm: WarmProcess, run: Path, recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     from tests.end_to_end.runs import write_recipe
 
     sgd = write_recipe(tmp_path / "sgd.yaml", recipe_values(optimizer={"kind": "sgd"}))
-    ended = lockstep("train", sgd, f"run.directory={run}", "--resume", "auto", "--workers", 1, cwd=tmp_path)
+    ended = warm.worker(sgd, f"run.directory={run}", "--resume", "auto", cwd=tmp_path)
     ended.failed_with(2, "optimizer.kind: adamw -> sgd", "start a new run")
     (run / "recipe.yaml").unlink()
-    ended = lockstep("train", sgd, "run.directory=new", "--resume", newest(run), "--workers", 1, cwd=tmp_path)
+    ended = warm.worker(sgd, "run.directory=new", "--resume", newest(run), cwd=tmp_path)
     ended.failed_with(2, "was trained with optimizer.kind=adamw, the recipe says sgd")
 
 
-def test_the_global_batch_may_change_on_the_way(run: Path, recipe: Path, straight_run: Callable[[int], Path]) -> None:
+def test_the_global_batch_may_change_on_the_way(
+    warm: WarmProcess, run: Path, recipe: Path, straight_run: Callable[[int], Path]
+) -> None:
     """With permission; the samples go on where they were, in the order they have."""
-    arguments = ["train", recipe, f"run.directory={run}", "--resume", "auto", "--workers", 1, "run.steps=44"]
-    refused = lockstep(*arguments, "batch.global_samples=18", cwd=run.parent)
+    arguments = [recipe, f"run.directory={run}", "--resume", "auto", "run.steps=44"]
+    refused = warm.worker(*arguments, "batch.global_samples=18", cwd=run.parent)
     refused.failed_with(2, "batch.global_samples: 12 -> 18", "run.steps: 40 -> 44", "--allow-change")
-    lockstep(*arguments, "batch.global_samples=18", "--allow-change", cwd=run.parent).succeeded()
+    warm.worker(*arguments, "batch.global_samples=18", "--allow-change", cwd=run.parent).succeeded()
     assert history(run)[:40] == history(straight_run(1))
     assert [row[1] for row in history(run)[39:]] == [480, 498, 516, 534, 552]
     state = json.loads((newest(run) / "state.json").read_text())
@@ -216,9 +220,8 @@ def test_the_global_batch_may_change_on_the_way(run: Path, recipe: Path, straigh
     assert segments == [(0, 12), (480, 18)]
 
 
-def test_fewer_steps_than_are_done_are_refused(run: Path, recipe: Path) -> None:
-    ended = lockstep(
-        "train", recipe, f"run.directory={run}", "--resume", "auto", "--workers", 1, "run.steps=20", "--allow-change",
+def test_fewer_steps_than_are_done_are_refused(warm: WarmProcess, run: Path, recipe: Path) -> None:
+    ended = warm.worker(recipe, f"run.directory={run}", "--resume", "auto", "run.steps=20", "--allow-change",
         cwd=run.parent,
     )  # fmt: skip
     ended.failed_with(2, "run.steps=20", "has done 40 already")

@@ -10,42 +10,46 @@ import pytest
 
 from launch.attempt import format_metrics
 from launch.tracking.metrics_file import read_metrics
-from tests.end_to_end.runs import WORDS, checkpoints, lockstep
+from tests.end_to_end.runs import WORDS, WarmProcess, checkpoints
 
 
 @pytest.mark.parametrize("which", ["learned_gpt", "learned_lenet"])
-def test_evaluate_repeats_the_evaluation_that_ended_training(which: str, request: pytest.FixtureRequest) -> None:
+def test_evaluate_repeats_the_evaluation_that_ended_training(
+    warm: WarmProcess, which: str, request: pytest.FixtureRequest
+) -> None:
     run: Path = request.getfixturevalue(which)
-    shown = lockstep("evaluate", run.name, cwd=run.parent).succeeded()
+    shown = warm.lockstep("evaluate", run.name, cwd=run.parent).succeeded()
     path, metrics = shown.out.strip().split(": ", 1)
     assert path == f"{run.name}/checkpoints/{checkpoints(run)[-1]}"
     assert metrics == format_metrics(read_metrics(run)[1][-1]["evaluation"])
 
 
-def test_evaluate_takes_a_checkpoint_by_name(learned_lenet: Path) -> None:
+def test_evaluate_takes_a_checkpoint_by_name(warm: WarmProcess, learned_lenet: Path) -> None:
     earlier = Path("lenet/checkpoints") / checkpoints(learned_lenet)[0]
-    shown = lockstep("evaluate", "lenet", "--checkpoint", earlier, cwd=learned_lenet.parent).succeeded()
+    shown = warm.lockstep("evaluate", "lenet", "--checkpoint", earlier, cwd=learned_lenet.parent).succeeded()
     at_that_step = next(e for e in read_metrics(learned_lenet)[1] if e["step"] == int(earlier.name[5:]))
     assert shown.out.strip() == f"{earlier}: {format_metrics(at_that_step['evaluation'])}"
 
 
-def test_evaluate_passes_over_a_damaged_checkpoint_and_says_so(learned_lenet: Path, tmp_path: Path) -> None:
+def test_evaluate_passes_over_a_damaged_checkpoint_and_says_so(
+    warm: WarmProcess, learned_lenet: Path, tmp_path: Path
+) -> None:
     run = shutil.copytree(learned_lenet, tmp_path / "lenet")
     prepared = learned_lenet.parent / "prepared"
     shutil.copytree(prepared, tmp_path / "prepared")
     first, last = checkpoints(run)
     (run / "checkpoints" / last / "state.json").write_text("{}")
-    shown = lockstep("evaluate", "lenet", cwd=tmp_path).succeeded()
+    shown = warm.lockstep("evaluate", "lenet", cwd=tmp_path).succeeded()
     assert f"lenet/checkpoints/{first}: " in shown.out
     assert f"passed over a checkpoint: lenet/checkpoints/{last}/state.json: " in shown.err
     (run / "checkpoints" / first / "state.json").write_text("{}")
-    lockstep("evaluate", "lenet", cwd=tmp_path).failed_with(78, "lenet: no good checkpoint", "state.json")
+    warm.lockstep("evaluate", "lenet", cwd=tmp_path).failed_with(78, "lenet: no good checkpoint", "state.json")
 
 
-def test_generate_is_a_function_of_its_seed(learned_gpt: Path) -> None:
+def test_generate_is_a_function_of_its_seed(warm: WarmProcess, learned_gpt: Path) -> None:
     def text(*arguments: object) -> str:
         command = ("generate", "gpt", "--prompt", "the cat", "--tokens", 80, *arguments)
-        return lockstep(*command, cwd=learned_gpt.parent).succeeded().out
+        return warm.lockstep(*command, cwd=learned_gpt.parent).succeeded().out
 
     first = text("--seed", 3)
     assert text("--seed", 3) == first
@@ -60,13 +64,15 @@ def test_a_sample_of_text_ends_the_training(learned_gpt: Path) -> None:
     assert '"prompt": "the cat"' in (learned_gpt / "samples.jsonl").read_text()
 
 
-def test_generate_needs_a_language_model(learned_lenet: Path) -> None:
-    refused = lockstep("generate", "lenet", cwd=learned_lenet.parent)
+def test_generate_needs_a_language_model(warm: WarmProcess, learned_lenet: Path) -> None:
+    refused = warm.lockstep("generate", "lenet", cwd=learned_lenet.parent)
     refused.failed_with(2, "lenet: its model is no language model", "lockstep evaluate")
 
 
-def test_a_report_is_one_page_that_needs_nothing_else(learned_gpt: Path, learned_lenet: Path, tmp_path: Path) -> None:
-    shown = lockstep("report", learned_gpt, learned_lenet, "--out", "page.html", cwd=tmp_path).succeeded()
+def test_a_report_is_one_page_that_needs_nothing_else(
+    warm: WarmProcess, learned_gpt: Path, learned_lenet: Path, tmp_path: Path
+) -> None:
+    shown = warm.lockstep("report", learned_gpt, learned_lenet, "--out", "page.html", cwd=tmp_path).succeeded()
     assert "page.html" in shown.out
     page = (tmp_path / "page.html").read_text()
     assert "<html" in page
@@ -75,11 +81,11 @@ def test_a_report_is_one_page_that_needs_nothing_else(learned_gpt: Path, learned
         assert part in page
 
 
-def test_preparing_again_changes_nothing(dataset: Path, corpus: Path) -> None:
+def test_preparing_again_changes_nothing(warm: WarmProcess, dataset: Path, corpus: Path) -> None:
     before = {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in dataset.iterdir()}
     arguments = ["prepare", f"text:{corpus}", "--out", dataset, "--validation-fraction"]
-    assert str(dataset) in lockstep(*arguments, 0.2, cwd=dataset.parent).succeeded().out
-    refused = lockstep(*arguments, 0.3, cwd=dataset.parent)
+    assert str(dataset) in warm.lockstep(*arguments, 0.2, cwd=dataset.parent).succeeded().out
+    refused = warm.lockstep(*arguments, 0.3, cwd=dataset.parent)
     refused.failed_with(2, "prepared with data.validation_fraction 0.2, but the recipe has 0.3")
     assert {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in dataset.iterdir()} == before
 

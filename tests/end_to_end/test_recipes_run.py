@@ -11,7 +11,7 @@ import pytest
 
 from launch.recipe import SHIPPED_RECIPES
 from launch.tracking.metrics_file import read_metrics
-from tests.end_to_end.runs import checkpoints, environment, history, lockstep, write_recipe
+from tests.end_to_end.runs import WarmProcess, checkpoints, environment, history, lockstep, write_recipe
 from tests.end_to_end.user_models import write_user_package
 
 QUIET = ["tracking.wandb=off", "tracking.tensorboard=false", "run.steps=3", "schedule.warmup_steps=1"]
@@ -46,9 +46,9 @@ def test_no_shipped_recipe_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("name", SHORTENED)
-def test_a_shipped_recipe_trains(name: str, workplace: Path) -> None:
-    arguments = ["train", name, *QUIET, *SHORTENED[name], f"run.directory={name}", "--workers", 1]
-    lockstep(*arguments, cwd=workplace).succeeded()
+def test_a_shipped_recipe_trains(warm: WarmProcess, name: str, workplace: Path) -> None:
+    arguments = [name, *QUIET, *SHORTENED[name], f"run.directory={name}"]
+    warm.worker(*arguments, cwd=workplace).succeeded()
     steps, evaluations = read_metrics(workplace / name)
     assert [record["step"] for record in steps] == [1, 2, 3]
     assert not any(record["skipped"] for record in steps)
@@ -65,14 +65,14 @@ def own_recipe(recipe_values: Callable[..., dict[str, Any]], function: str, **op
 
 @pytest.mark.parametrize("function", ["build", "build_with_methods"])
 def test_a_users_own_model_trains_and_resumes(
-    function: str, recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
+    warm: WarmProcess, function: str, recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     recipe = write_recipe(tmp_path / "own.yaml", own_recipe(recipe_values, function, width=24))
     env = environment(PYTHONPATH=str(write_user_package(tmp_path / "mine")))
-    lockstep("train", recipe, "run.directory=straight", "--workers", 1, cwd=tmp_path, env=env).succeeded()
-    arguments = ["train", recipe, "run.directory=halves", "--workers", 1, "--resume", "auto", "--allow-change"]
-    lockstep(*arguments, "run.steps=3", "schedule.kind=constant", cwd=tmp_path, env=env).succeeded()
-    resumed = lockstep(*arguments, cwd=tmp_path, env=env).succeeded()
+    warm.worker(recipe, "run.directory=straight", cwd=tmp_path, env=env).succeeded()
+    arguments = [recipe, "run.directory=halves", "--resume", "auto", "--allow-change"]
+    warm.worker(*arguments, "run.steps=3", "schedule.kind=constant", cwd=tmp_path, env=env).succeeded()
+    resumed = warm.worker(*arguments, cwd=tmp_path, env=env).succeeded()
     assert "resumed from step 3" in resumed.err
     straight, halves = history(tmp_path / "straight"), history(tmp_path / "halves")
     assert [row[0] for row in halves] == [1, 2, 3, 4, 5, 6]
@@ -91,13 +91,18 @@ def test_a_users_own_model_trains_and_resumes(
     ],
 )
 def test_a_users_model_that_is_not_there(
-    kind: str, options: dict[str, Any], parts: list[str], recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
+    warm: WarmProcess,
+    kind: str,
+    options: dict[str, Any],
+    parts: list[str],
+    recipe_values: Callable[..., dict[str, Any]],
+    tmp_path: Path,
 ) -> None:
     values = recipe_values()
     values["model"] = {"kind": kind, "options": options}
     recipe = write_recipe(tmp_path / "own.yaml", values)
     env = environment(PYTHONPATH=str(write_user_package(tmp_path / "mine")))
-    ended = lockstep("train", recipe, "run.directory=run", "--workers", 1, cwd=tmp_path, env=env)
+    ended = warm.worker(recipe, "run.directory=run", cwd=tmp_path, env=env)
     ended.failed_with(2, "model.kind", *parts)
 
 

@@ -14,11 +14,11 @@ import pytest
 
 from tests.end_to_end.runs import (
     LOCKSTEP,
+    WarmProcess,
     checkpoints,
     command,
     environment,
     is_running,
-    lockstep,
     started,
     wait_for_step,
     wait_until,
@@ -99,11 +99,11 @@ def test_a_second_interrupt_ends_at_once_and_leaves_nobody(
         wait_until(lambda: not any(map(is_running, workers)), "the end of all workers", seconds=10)
 
 
-def test_leftovers_of_killed_saves_are_cleared(recipe: Path, tmp_path: Path) -> None:
+def test_leftovers_of_killed_saves_are_cleared(warm: WarmProcess, recipe: Path, tmp_path: Path) -> None:
     leftover = tmp_path / "run" / "checkpoints" / ".tmp-step-00000005-0123456789ab"
     leftover.mkdir(parents=True)
     (leftover / "model-00001.safetensors").write_bytes(b"half")
-    lockstep("train", recipe, "run.directory=run", "run.steps=1", "--workers", 1, cwd=tmp_path).succeeded()
+    warm.worker(recipe, "run.directory=run", "run.steps=1", cwd=tmp_path).succeeded()
     assert not leftover.exists()
 
 
