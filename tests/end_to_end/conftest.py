@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,16 +52,15 @@ def recipe(recipe_values: Callable[..., dict[str, Any]], tmp_path_factory: pytes
 
 
 @pytest.fixture(scope="session")
-def straight_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+def straight_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The tiny recipe's run at a world size, never interrupted. Tests must not change it."""
-    done: dict[int, Path] = {}
 
-    def run(world_size: int) -> Path:
-        if world_size not in done:
-            path = tmp_path_factory.mktemp("straight") / f"world-{world_size}"
-            lockstep("train", recipe, f"run.directory={path}", "--workers", world_size, cwd=path.parent).succeeded()
-            done[world_size] = path
-        return done[world_size]
+    @functools.cache
+    def run(world_size: int, steps: int = 40) -> Path:
+        path = tmp_path_factory.mktemp("straight") / f"world-{world_size}"
+        arguments = ["train", recipe, f"run.directory={path}", f"run.steps={steps}", "--workers", world_size]
+        lockstep(*arguments, cwd=path.parent).succeeded()
+        return path
 
     return run
 

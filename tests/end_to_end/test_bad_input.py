@@ -33,7 +33,7 @@ def own_dataset(dataset: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(straight_run: Callable[[int], Path], tmp_path: Path) -> Path:
+def run(straight_run: Callable[..., Path], tmp_path: Path) -> Path:
     """The test's own copy of a finished run of 40 steps."""
     return shutil.copytree(straight_run(1), tmp_path / "run")
 
@@ -144,7 +144,7 @@ def test_a_place_that_cannot_be_written(warm: WarmProcess, recipe: Path, tmp_pat
 
 
 def test_no_room_for_a_checkpoint(
-    warm: WarmProcess, run: Path, recipe: Path, straight_run: Callable[[int], Path]
+    warm: WarmProcess, run: Path, recipe: Path, straight_run: Callable[..., Path]
 ) -> None:
     """Files may not grow beyond 100 kB, as on a full disk: training goes on, is told, and ends with 78."""
     arguments = [recipe, f"run.directory={run}", "--resume", "auto"]
@@ -159,7 +159,7 @@ def test_no_room_for_a_checkpoint(
     assert checkpoints(run)[-1] == "step-00000047"
 
 
-def test_no_room_for_metrics(warm: WarmProcess, run: Path, recipe: Path, straight_run: Callable[[int], Path]) -> None:
+def test_no_room_for_metrics(warm: WarmProcess, run: Path, recipe: Path, straight_run: Callable[..., Path]) -> None:
     size = (run / "metrics.jsonl").stat().st_size
     arguments = [recipe, f"run.directory={run}", "--resume", "auto"]
     arguments += ["run.steps=60", "--allow-change", "checkpoint.every_steps=null", "evaluation.samples=8"]

@@ -20,7 +20,7 @@ WORLD = single_process_world("cpu")
 
 
 @pytest.fixture
-def run(straight_run: Callable[[int], Path], tmp_path: Path) -> Path:
+def run(straight_run: Callable[..., Path], tmp_path: Path) -> Path:
     """A finished run of one worker, of 40 steps, with the checkpoints of steps 35 and 40; the test's own copy."""
     copy = tmp_path / "run"
     shutil.copytree(straight_run(1), copy)
@@ -120,7 +120,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(run: Path) -> None:
 
 
 def test_training_goes_on_from_the_previous_checkpoint_to_the_same_end(
-    warm: WarmProcess, run: Path, recipe: Path, straight_run: Callable[[int], Path]
+    warm: WarmProcess, run: Path, recipe: Path, straight_run: Callable[..., Path]
 ) -> None:
     flip(newest(run) / "optimizer-00001.safetensors", 5000, bit=2)
     resumed = warm.worker(recipe, f"run.directory={run}", "--resume", "auto", cwd=run.parent).succeeded()
@@ -206,7 +206,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(
 
 
 def test_the_global_batch_may_change_on_the_way(
-    warm: WarmProcess, run: Path, recipe: Path, straight_run: Callable[[int], Path]
+    warm: WarmProcess, run: Path, recipe: Path, straight_run: Callable[..., Path]
 ) -> None:
     """With permission; the samples go on where they were, in the order they have."""
     arguments = [recipe, f"run.directory={run}", "--resume", "auto", "run.steps=44"]
@@ -228,7 +228,7 @@ def test_fewer_steps_than_are_done_are_refused(warm: WarmProcess, run: Path, rec
 
 
 def test_a_checkpoint_continues_at_another_world_size(
-    run: Path, recipe: Path, straight_run: Callable[[int], Path], tmp_path: Path
+    run: Path, recipe: Path, straight_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The same samples in the same order: the digests go on as if nothing had changed."""
     shutil.rmtree(newest(run))

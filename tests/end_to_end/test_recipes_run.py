@@ -124,6 +124,6 @@ def test_the_default_recipe_learns(tmp_path: Path) -> None:
     ended = lockstep(*arguments, "run.directory=run", cwd=tmp_path).succeeded()
     _, evaluations = read_metrics(tmp_path / "run")
     before, after = evaluations[0]["evaluation"], evaluations[-1]["evaluation"]
-    assert after["bits_per_byte"] < 0.6 * before["bits_per_byte"]
+    assert after["bits_per_byte"] < 0.8 * before["bits_per_byte"]
     for part in ("evaluation before:", "evaluation after:", "a sample of its text:", "everything lies in run", "next:"):
         assert part in ended.err + ended.out

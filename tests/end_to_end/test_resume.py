@@ -26,10 +26,12 @@ from tests.end_to_end.runs import (
     workers_of,
 )
 
-STEPS = 40
+# Far more than the attempts below get through, so that every interruption finds the run at work.
+STEPS = 150
 # How an attempt is ended, and the exit code that `lockstep train` must then have.
 INTERRUPTIONS = {
     "everything killed": -signal.SIGKILL,
+    "everything killed at the start": -signal.SIGKILL,
     "supervisor killed": -signal.SIGKILL,
     "worker killed": 1,
     "SIGINT": 75,
@@ -41,7 +43,7 @@ def interrupt(process: subprocess.Popen[str], how: str, choose: random.Random) -
     """Ends an attempt in one of the ways above; returns the ids of its workers."""
     workers = workers_of(process.pid)
     match how:
-        case "everything killed":
+        case "everything killed" | "everything killed at the start":
             for pid in [process.pid, *workers]:
                 os.kill(pid, signal.SIGKILL)
         case "supervisor killed":
@@ -55,14 +57,21 @@ def interrupt(process: subprocess.Popen[str], how: str, choose: random.Random) -
     return workers
 
 
+def train(recipe: Path, run: Path, world_size: int) -> list[object]:
+    arguments = ["train", recipe, f"run.directory={run}", f"run.steps={STEPS}", "--resume", "auto"]
+    return [*arguments, "--workers", world_size]
+
+
 def attempt_and_interrupt(recipe: Path, run: Path, world_size: int, how: str, choose: random.Random) -> None:
     """One attempt, ended `how` at a random moment within the next few steps."""
-    before = len(json.loads((run / "run.json").read_text())["attempts"]) if run.exists() else 0
+    before = len(json.loads((run / "run.json").read_text())["attempts"]) if (run / "run.json").exists() else 0
     begun = max((int(name.removeprefix("step-")) for name in checkpoints(run)), default=0)
-    arguments = [LOCKSTEP, "train", recipe, f"run.directory={run}", "--workers", world_size, "--resume", "auto"]
-    with started(*arguments, cwd=run.parent) as process:
-        wait_for_step(run, begun + choose.randint(1, 7), before + 1, process)
-        time.sleep(choose.uniform(0.0, 0.03))
+    with started(LOCKSTEP, *train(recipe, run, world_size), cwd=run.parent) as process:
+        if how == "everything killed at the start":
+            time.sleep(choose.uniform(0.0, 4.0))
+        else:
+            wait_for_step(run, begun + choose.randint(1, 7), before + 1, process)
+            time.sleep(choose.uniform(0.0, 0.03))
         workers = interrupt(process, how, choose)
         out, err = process.communicate(timeout=60)
         assert process.returncode == INTERRUPTIONS[how], f"{how}: {process.returncode}\n{out}\n{err}"
@@ -79,9 +88,7 @@ def interrupted_run(recipe: Path, run: Path, world_size: int, interruptions: lis
     choose = random.Random(seed)
     for how in interruptions:
         attempt_and_interrupt(recipe, run, world_size, how, choose)
-    resumed = lockstep(
-        "train", recipe, f"run.directory={run}", "--workers", world_size, "--resume", "auto", cwd=run.parent
-    ).succeeded()
+    resumed = lockstep(*train(recipe, run, world_size), cwd=run.parent).succeeded()
     assert "resumed from step" in resumed.out + resumed.err
 
 
@@ -100,19 +107,19 @@ def assert_same_run(run: Path, straight: Path) -> None:
     ],
 )
 def test_an_interrupted_run_ends_in_the_same_bytes(
-    world_size: int, interruptions: list[str], recipe: Path, straight_run: Callable[[int], Path], tmp_path: Path
+    world_size: int, interruptions: list[str], recipe: Path, straight_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     interrupted_run(recipe, tmp_path / "run", world_size, interruptions, seed=world_size)
-    assert_same_run(tmp_path / "run", straight_run(world_size))
+    assert_same_run(tmp_path / "run", straight_run(world_size, STEPS))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_run_interrupted_many_times_ends_in_the_same_bytes(
-    world_size: int, recipe: Path, straight_run: Callable[[int], Path], tmp_path: Path
+    world_size: int, recipe: Path, straight_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     choose = random.Random(f"many {world_size}")
     interruptions = [how for how in INTERRUPTIONS for _ in range(2)]
     choose.shuffle(interruptions)
-    interrupted_run(recipe, tmp_path / "run", world_size, interruptions[:7], seed=world_size)
-    assert_same_run(tmp_path / "run", straight_run(world_size))
+    interrupted_run(recipe, tmp_path / "run", world_size, interruptions[:8], seed=world_size)
+    assert_same_run(tmp_path / "run", straight_run(world_size, STEPS))
