@@ -10,8 +10,17 @@ from pathlib import Path
 import pytest
 
 from launch.config import RunConfig
+from launch.ending import Ending, write_outcome
 from launch.recipe import load_recipe
-from launch.run_directory import Resume, begin_attempt, claim, decide_resume, describe_environment, ever_checkpointed
+from launch.run_directory import (
+    Resume,
+    RunDirectory,
+    begin_attempt,
+    claim,
+    decide_resume,
+    describe_environment,
+    ever_checkpointed,
+)
 
 
 def recipe(*overrides: str) -> RunConfig:
@@ -152,3 +161,11 @@ def test_the_environment_holds_no_variable_of_the_environment(monkeypatch: pytes
     text = json.dumps(describe_environment(["cpu"], 1))
     assert "secret" not in text
     assert '"torch"' in text
+
+
+def test_an_outcome_that_cannot_be_written_is_told_and_hides_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory(tmp_path / "gone", {"attempts": []})
+    write_outcome(run, Ending(78, "the disk is full"), rank=0, step=1, seconds=1.0)
+    assert "outcome.json: cannot be written (No such file or directory)" in capsys.readouterr().err
