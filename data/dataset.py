@@ -85,13 +85,16 @@ class TokenDataset:
         tokens = self._shard(0).gather(sample_ids) if len(self._shards) == 1 else self._gather_shards(sample_ids)
         size = self.sample_bytes
         with tokens.data.cast("B") as view:
-            hashes = [xxhash.xxh3_64_intdigest(view[at : at + size]) for at in range(0, len(view), size)]
-        return {"tokens": tokens}, np.array(hashes, dtype=np.uint64)
+            digests = b"".join([xxhash.xxh3_64_digest(view[at : at + size]) for at in range(0, len(view), size)])
+        return {"tokens": tokens}, np.frombuffer(digests, dtype=">u8").astype(np.uint64)
 
     def _gather_shards(self, sample_ids: SampleIds) -> npt.NDArray[Any]:
         shard_of = np.searchsorted(self._ends, sample_ids, side="right")
-        by_shard = np.argsort(shard_of, kind="stable")
-        touched, starts = np.unique(shard_of[by_shard], return_index=True)
+        # NumPy sorts 16-bit integers by radix, several times faster than wider ones.
+        by_shard = np.argsort(shard_of.astype(np.uint16) if len(self._shards) < 1 << 16 else shard_of, kind="stable")
+        counts = np.bincount(shard_of)
+        touched = np.flatnonzero(counts)
+        starts = np.cumsum(counts[touched]) - counts[touched]
         tokens = np.empty((len(sample_ids), self._sequence_tokens + 1), dtype=self._dtype)
         for number, slots in zip(touched.tolist(), np.split(by_shard, starts[1:]), strict=True):
             shard = self._shard(number)

@@ -1,5 +1,6 @@
 """The stream: this rank's micro-batches of each global step, made ready ahead of time in one background thread."""
 
+import itertools
 import math
 import queue
 import threading
@@ -12,8 +13,9 @@ import torch
 
 from data.dataset import Dataset
 from data.digest import fold_samples, mix_samples, to_int64
-from data.order import ORDER_VERSION, Order
+from data.order import ORDER_VERSION
 from data.plan import Plan
+from data.steps import Share, StepBlock, Steps
 
 CountItems = Callable[[Mapping[str, torch.Tensor]], int]
 ReduceItems = Callable[[list[int]], list[int]]
@@ -21,6 +23,8 @@ ReduceItems = Callable[[list[int]], list[int]]
 # A chunk is what the thread makes at once: enough small steps that their cost is NumPy's and not Python's.
 CHUNK_BYTES = 2 * 1024 * 1024
 CHUNK_STEPS = 64
+# The order is computed for at least so many samples at once, which makes it five times as cheap.
+ORDER_SAMPLES = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,32 +58,7 @@ class GlobalStep:
     @property
     def fold(self) -> int:
         """The wrapping sum of the micro-batches' folds, which fits an int64 tensor."""
-        return to_int64(sum(batch.fold for batch in self.micro_batches))
-
-
-@dataclass(frozen=True)
-class Share:
-    """A rank's share of a step of some size: which of the step's samples it reads and how it cuts them.
-
-    `offsets` (n,) are relative to the step's first position; `cuts` delimit micro-batches in `offsets`; those from
-    number `real` on are fillers, so that every rank runs the same number of forward passes.
-    """
-
-    offsets: npt.NDArray[np.int64]
-    cuts: tuple[int, ...]
-    real: int
-    own_samples: int
-
-    @classmethod
-    def of(cls, samples: int, rank: int, world_size: int, micro_samples: int) -> "Share":
-        start, stop = samples * rank // world_size, samples * (rank + 1) // world_size
-        count = math.ceil(math.ceil(samples / world_size) / micro_samples)
-        real = math.ceil((stop - start) / micro_samples)
-        fillers = count - real
-        cuts = [min(number * micro_samples, stop - start) for number in range(real + 1)]
-        cuts += [cuts[-1] + filler + 1 for filler in range(fillers)]
-        offsets = np.concatenate([np.arange(start, stop), np.zeros(fillers, dtype=np.int64)])
-        return cls(offsets.astype(np.int64), tuple(cuts), real, stop - start)
+        return to_int64(sum([batch.fold for batch in self.micro_batches]))
 
 
 class Stream:
@@ -108,13 +87,19 @@ class Stream:
         assert 0 <= rank < world_size
         assert world_size == 1 or reduce_items is not None, "items must be summed over the ranks"
         self._dataset, self._plan = dataset, plan
-        self._rank, self._world_size, self._micro_samples = rank, world_size, micro_samples
+        self._world_size, self._micro_samples = world_size, micro_samples
         self._position, self._stop_position = position, stop_position
         self._count_items, self._reduce_items = count_items, reduce_items
         self._prefetch_steps, self._pin_memory = prefetch_steps, pin_memory
         self._check_plan()
-        self._shares: dict[int, Share] = {}
-        self._orders: dict[tuple[int, int], Order] = {}
+        self._steps = Steps(
+            plan,
+            dataset.samples,
+            rank=rank,
+            world_size=world_size,
+            micro_samples=micro_samples,
+            stop_position=stop_position,
+        )
         # First in, first out: permits to make one more chunk (True), then at most one request to end (False). Ranks
         # that stop at the same step have given the same permits, so their threads make the same calls of reduce_items.
         self._permits: queue.SimpleQueue[bool] = queue.SimpleQueue()
@@ -171,113 +156,89 @@ class Stream:
                     f"{segment.global_samples}; lower micro_samples"
                 )
 
+    def _part_samples(self) -> int:
+        """The largest part of a step that any rank reads."""
+        return math.ceil(max(segment.global_samples for segment in self._plan.segments) / self._world_size)
+
     def _chunk_steps(self) -> int:
         """Steps of a full chunk: the same number on every rank, because it is also how reduce_items is batched."""
-        global_samples = max(segment.global_samples for segment in self._plan.segments)
-        step_bytes = math.ceil(global_samples / self._world_size) * self._dataset.sample_bytes
-        return max(1, min(CHUNK_STEPS, CHUNK_BYTES // step_bytes))
+        return max(1, min(CHUNK_STEPS, CHUNK_BYTES // (self._part_samples() * self._dataset.sample_bytes)))
 
     def _depth_chunks(self) -> int:
         return math.ceil(self._prefetch_steps / self._chunk_steps())
 
     def _run(self) -> None:
         try:
-            position, steps, full = self._position, 1, self._chunk_steps()
-            while position < self._stop_position and self._permits.get():
-                if self._closed and self._reduce_items is None:
+            for block, start, stop in self._ranges():
+                if not self._permits.get() or (self._closed and self._reduce_items is None):
                     break
-                sizes = self._step_sizes(position, steps)
-                self._chunks.put(self._make_chunk(position, sizes))
-                position += sum(sizes)
-                steps = min(2 * steps, full)  # short chunks at first: the first step must not wait for many others
+                self._chunks.put(self._make_chunk(block, start, stop))
             self._chunks.put(None)
         except BaseException as error:  # handed to the consumer, who raises it
             self._chunks.put(error)
 
-    def _step_sizes(self, position: int, steps: int) -> list[int]:
-        """Samples of each of the next steps: a step ends early only where its segment or the run ends."""
-        sizes: list[int] = []
-        while len(sizes) < steps and position < self._stop_position:
-            end = self._plan.segment_end(position)
-            limit = self._stop_position if end is None else min(end, self._stop_position)
-            sizes.append(min(self._plan.segment_at(position).global_samples, limit - position))
-            position += sizes[-1]
-        return sizes
+    def _ranges(self) -> Iterator[tuple[StepBlock, int, int]]:
+        """Steps [start, stop) of a block that make a chunk. The first chunks are short: the first step comes soon."""
+        position, steps, full = self._position, 1, self._chunk_steps()
+        block_steps = max(full, ORDER_SAMPLES // self._part_samples())
+        while position < self._stop_position:
+            block = self._steps.block(position, block_steps)
+            start, count = 0, len(block.firsts)
+            while start < count:
+                stop = min(start + steps, count)
+                yield block, start, stop
+                start, steps = stop, min(2 * steps, full)
+            position = block.firsts[-1] + block.step_samples[-1]
 
-    def _share(self, samples: int) -> Share:
-        if samples not in self._shares:
-            self._shares[samples] = Share.of(samples, self._rank, self._world_size, self._micro_samples)
-        return self._shares[samples]
-
-    def _sample_ids(self, positions: npt.NDArray[np.int64], first: int, stop: int) -> npt.NDArray[np.int64]:
-        """Sample ids (n,) of positions (n,), all of them in [first, stop)."""
-        end = self._plan.segment_end(first)
-        if end is not None and end < stop:
-            before = positions < end
-            ids = np.empty_like(positions)
-            ids[before] = self._sample_ids(positions[before], first, end)
-            ids[~before] = self._sample_ids(positions[~before], end, stop)
-            return ids
-        origin, seed = self._plan.order_origin(first), self._plan.segment_at(first).seed
-        order = self._orders.setdefault((origin, seed), Order(self._dataset.samples, seed))
-        return order.sample_ids(positions - origin)[1]
-
-    def _make_chunk(self, position: int, sizes: list[int]) -> list[GlobalStep]:
-        shares = [self._share(size) for size in sizes]
-        firsts = [position + before for before in np.cumsum([0, *sizes[:-1]]).tolist()]
-        positions = np.concatenate([first + share.offsets for first, share in zip(firsts, shares, strict=True)])
-        ids = self._sample_ids(positions, position, position + sum(sizes))
+    def _make_chunk(self, block: StepBlock, start: int, stop: int) -> list[GlobalStep]:
+        rows = slice(block.rows[start], block.rows[stop])
+        positions, ids, shares = block.positions[rows], block.ids[rows], block.shares[start:stop]
         fields, hashes = self._dataset.gather(ids)
         tensors = {name: torch.from_numpy(field) for name, field in fields.items()}
         if self._pin_memory:
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        # Wrapping prefix sums: the fold of samples [a, b) is sums[b] - sums[a].
-        sums = [0, *np.cumsum(mix_samples(positions, ids, hashes), dtype=np.uint64).tolist()]
-        parts: list[tuple[MicroBatch, ...]] = []
-        items: list[int] = []
-        start = 0
-        for share in shares:
-            parts.append(_cut(share, start, tensors, positions, ids, sums))
-            items.append(self._count(parts[-1], share, start, tensors))
-            start += len(share.offsets)
+        batches = _cut(shares, tensors, positions, ids, mix_samples(positions, ids, hashes))
+        parts = [tuple(itertools.islice(batches, len(share.sizes))) for share in shares]
+        items, row = [], 0
+        for part, share in zip(parts, shares, strict=True):
+            items.append(self._count(part, share, row, tensors))
+            row += len(share.offsets)
         if self._reduce_items is not None:
             items = self._reduce_items(items)
-        return [GlobalStep(*step) for step in zip(firsts, sizes, items, parts, strict=True)]
+        firsts, step_samples = block.firsts[start:stop], block.step_samples[start:stop]
+        return [GlobalStep(*step) for step in zip(firsts, step_samples, items, parts, strict=True)]
 
-    def _count(
-        self, micro_batches: tuple[MicroBatch, ...], share: Share, start: int, tensors: dict[str, torch.Tensor]
-    ) -> int:
+    def _count(self, part: tuple[MicroBatch, ...], share: Share, row: int, tensors: dict[str, torch.Tensor]) -> int:
+        """Items of this rank's own samples of a step, which begin at `row` of the tensors."""
         if share.own_samples == 0:
             return 0
         if share.real == 1:
-            return self._count_items(micro_batches[0].tensors)
-        stop = start + share.own_samples
-        return self._count_items({name: tensor[start:stop] for name, tensor in tensors.items()})
+            return self._count_items(part[0].tensors)
+        return self._count_items({name: tensor[row : row + share.own_samples] for name, tensor in tensors.items()})
 
 
 def _cut(
-    share: Share,
-    start: int,
+    shares: list[Share],
     tensors: dict[str, torch.Tensor],
     positions: npt.NDArray[np.int64],
     ids: npt.NDArray[np.int64],
-    sums: list[int],
-) -> tuple[MicroBatch, ...]:
-    """The micro-batches of one step, as views of the chunk's tensors; the step's samples begin at row `start`."""
-    micro_batches = []
-    for number in range(len(share.cuts) - 1):
-        first, stop = start + share.cuts[number], start + share.cuts[number + 1]
-        real = number < share.real
-        micro_batches.append(
-            MicroBatch(
-                {name: tensor[first:stop] for name, tensor in tensors.items()},
-                positions[first:stop],
-                ids[first:stop],
-                to_int64(sums[stop] - sums[first]) if real else 0,
-                1.0 if real else 0.0,
-            )
+    words: npt.NDArray[np.uint64],
+) -> Iterator[MicroBatch]:
+    """The micro-batches of consecutive steps, as views of the chunk's tensors."""
+    sizes = [size for share in shares for size in share.sizes]
+    weights = [weight for share in shares for weight in share.weights]
+    stops = np.cumsum(sizes).tolist()
+    starts = [0, *stops[:-1]]
+    folds = np.add.reduceat(words, starts).view(np.int64).tolist()  # sums that wrap
+    views = zip(*(tensor.split(sizes) for tensor in tensors.values()), strict=True)
+    for start, stop, fold, weight, fields in zip(starts, stops, folds, weights, views, strict=True):
+        yield MicroBatch(
+            dict(zip(tensors, fields, strict=True)),
+            positions[start:stop],
+            ids[start:stop],
+            fold if weight else 0,
+            weight,
         )
-    return tuple(micro_batches)
 
 
 def evaluation_batches(
@@ -289,8 +250,7 @@ def evaluation_batches(
     """
     total = dataset.samples if samples is None else min(samples, dataset.samples)
     share = Share.of(total, rank, world_size, micro_samples)
-    for number in range(len(share.cuts) - 1):
-        ids = share.offsets[share.cuts[number] : share.cuts[number + 1]]
+    for number, ids in enumerate(np.split(share.offsets, np.cumsum(share.sizes)[:-1])):
         fields, hashes = dataset.gather(ids)
         tensors = {name: torch.from_numpy(field) for name, field in fields.items()}
         real = number < share.real

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from data_helpers import plan_of, prepared_tokens, token_config, write_images
+from data_helpers import plan_of, prepared_tokens, token_config, write_images, write_jsonl
 
 from data.config import DataConfig
 from data.dataset import open_dataset
@@ -46,10 +46,15 @@ def tokens(tmp_path: Path) -> tuple[Path, DataConfig]:
 @pytest.mark.parametrize("kind", ["tokens", "images"])
 def test_every_flipped_byte_of_every_file_is_detected(tmp_path: Path, kind: str) -> None:
     if kind == "tokens":
-        directory, config = prepared_tokens(tmp_path, documents=7, sequence_tokens=4, tokenizer="bpe:257")
+        source = write_jsonl(tmp_path / "short.jsonl", [f"short text {number}" for number in range(12)])
+        directory, config = prepared_tokens(
+            tmp_path, source=f"jsonl:{source}#text", sequence_tokens=4, tokenizer="bpe:257"
+        )
     else:
-        source = write_images(tmp_path / "images", count=8, size=(3, 3))
-        config = DataConfig(source=f"images:{source}", directory=tmp_path / "prepared", validation_fraction=0.4)
+        folder = write_images(tmp_path / "images", count=16, size=(3, 3))
+        for path in folder.glob("*/*.jpg"):
+            path.unlink()
+        config = DataConfig(source=f"images:{folder}", directory=tmp_path / "prepared", validation_fraction=0.4)
         directory = prepare(config)
     read_everything(directory, config)
     unseen, long_winded = [], 0
