@@ -1,6 +1,7 @@
 """A prepared dataset opened for reading: random access by sample id, checked as it is read."""
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,6 +19,9 @@ from data.shards import ImageShard, TokenShard, samples_of
 SampleIds = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 Fields = dict[str, npt.NDArray[Any]]
+
+# What is copied out of a shard at once: it is hashed and put in its place while it is in the processor's cache.
+PIECE_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True)
@@ -82,24 +86,29 @@ class TokenDataset:
     def gather(self, sample_ids: SampleIds) -> tuple[Fields, Hashes]:
         """`tokens` (n, T + 1) in the stored dtype, and the xxh3-64 of each sample's bytes (n,)."""
         _check_range(sample_ids, self.samples)
-        tokens = self._shard(0).gather(sample_ids) if len(self._shards) == 1 else self._gather_shards(sample_ids)
-        size = self.sample_bytes
-        with tokens.data.cast("B") as view:
-            digests = b"".join([xxhash.xxh3_64_digest(view[at : at + size]) for at in range(0, len(view), size)])
-        return {"tokens": tokens}, np.frombuffer(digests, dtype=">u8").astype(np.uint64)
+        rows = np.empty(len(sample_ids), dtype=f"V{self.sample_bytes}")
+        hashes = np.empty(len(sample_ids), dtype=np.uint64)
+        for shard, slots, shard_rows in self._pieces(sample_ids):
+            piece = shard.gather(shard_rows)
+            hashes[slots] = _hash_rows(piece)
+            rows[slots] = piece
+        return {"tokens": rows.view(self._dtype).reshape(len(rows), self._sequence_tokens + 1)}, hashes
 
-    def _gather_shards(self, sample_ids: SampleIds) -> npt.NDArray[Any]:
+    def _pieces(self, sample_ids: SampleIds) -> Iterator[tuple[TokenShard, SampleIds, SampleIds]]:
+        """Cut a request into pieces of one shard each: the shard, where its samples are wanted, and its rows."""
         shard_of = np.searchsorted(self._ends, sample_ids, side="right")
         # NumPy sorts 16-bit integers by radix, several times faster than wider ones.
         by_shard = np.argsort(shard_of.astype(np.uint16) if len(self._shards) < 1 << 16 else shard_of, kind="stable")
         counts = np.bincount(shard_of)
-        touched = np.flatnonzero(counts)
-        starts = np.cumsum(counts[touched]) - counts[touched]
-        tokens = np.empty((len(sample_ids), self._sequence_tokens + 1), dtype=self._dtype)
-        for number, slots in zip(touched.tolist(), np.split(by_shard, starts[1:]), strict=True):
-            shard = self._shard(number)
-            tokens[slots] = shard.gather(sample_ids[slots] - (self._ends[number] - shard.samples))
-        return tokens
+        piece_samples = max(1, PIECE_BYTES // self.sample_bytes)
+        start = 0
+        for number in np.flatnonzero(counts).tolist():
+            shard, stop = self._shard(number), start + int(counts[number])
+            first_id = self._ends[number] - shard.samples
+            for at in range(start, stop, piece_samples):
+                slots = by_shard[at : min(at + piece_samples, stop)]
+                yield shard, slots, sample_ids[slots] - first_id
+            start = stop
 
     def _shard(self, number: int) -> TokenShard:
         shard = self._shards[number]
@@ -166,6 +175,14 @@ class ImageDataset:
         if shard is None:
             shard = self._shards[number] = ImageShard(self.directory, self._entries[number])
         return shard
+
+
+def _hash_rows(rows: npt.NDArray[np.void]) -> Hashes:
+    """The xxh3-64 of each of the rows (n,)."""
+    size = rows.itemsize
+    with rows.view(np.uint8).data as view:
+        digests = [xxhash.xxh3_64_digest(view[at : at + size]) for at in range(0, len(view), size)]
+    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
 
 
 def _check_range(sample_ids: SampleIds, samples: int) -> None:

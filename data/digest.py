@@ -23,9 +23,11 @@ def mix64(words: WordArray) -> WordArray:
 
 def mix_samples(positions: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], hashes: WordArray) -> WordArray:
     """One 64-bit word per sample (n,) that depends on its position, its id and its content hash."""
-    words = mix64(positions.astype(np.uint64) + _POSITION_SALT)
-    words = mix64(words + ids.astype(np.uint64))
-    return mix64(words ^ hashes)
+    words = mix64(positions.view(np.uint64) + _POSITION_SALT)
+    words += ids.view(np.uint64)
+    words = mix64(words)
+    words ^= hashes
+    return mix64(words)
 
 
 def fold_samples(positions: npt.NDArray[np.int64], ids: npt.NDArray[np.int64], hashes: WordArray) -> int:

@@ -58,8 +58,8 @@ def permute(indices: IntegerArray, samples: int, keys: WordArray) -> IntegerArra
 def _encipher(cells: WordArray, rows: int, columns: int, subkeys: list[WordArray]) -> WordArray:
     """One pass of the network over cells (n,) of the rectangle, `cell = row * columns + column`."""
     sides = (np.uint64(rows), np.uint64(columns))
-    row, column = np.divmod(cells, sides[1])
-    halves = [row, column]
+    row = cells // sides[1]
+    halves = [row, cells - row * sides[1]]
     for number, subkey in enumerate(subkeys):
         moved, other = number % 2, 1 - number % 2
         size = sides[moved]
@@ -70,8 +70,8 @@ def _encipher(cells: WordArray, rows: int, columns: int, subkeys: list[WordArray
         word *= size  # sides are below 2^32: the product's upper half is uniform over [0, size)
         word >>= _HALF
         word += halves[moved]
-        word -= size * (word >= size)
-        halves[moved] = word
+        # Modulo `size`, of a word below twice that: where it is smaller already, the difference wraps to a huge one.
+        halves[moved] = np.minimum(word, word - size)
     return halves[0] * sides[1] + halves[1]
 
 
@@ -89,10 +89,14 @@ class Order:
         """Epochs and sample ids, both int64 (n,), of positions (n,). Cost and memory do not depend on `samples`."""
         if positions.size == 0:
             return positions.astype(np.int64), positions.astype(np.int64)
-        epochs, indices = np.divmod(positions.astype(np.int64), self.samples)
-        distinct, inverse = np.unique(epochs, return_inverse=True)
-        keys = np.array([self._key(int(epoch)) for epoch in distinct], dtype=np.uint64)
-        return epochs, permute(indices, self.samples, keys if keys.size == 1 else keys[inverse])
+        epochs = positions // self.samples
+        indices = positions - epochs * self.samples
+        if epochs.min() == epochs.max():
+            keys = np.array([self._key(int(epochs[0]))], dtype=np.uint64)
+        else:
+            distinct, inverse = np.unique(epochs, return_inverse=True)
+            keys = np.array([self._key(int(epoch)) for epoch in distinct], dtype=np.uint64)[inverse]
+        return epochs, permute(indices, self.samples, keys)
 
     def _key(self, epoch: int) -> int:
         if epoch not in self._keys:

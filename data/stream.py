@@ -230,15 +230,12 @@ def _cut(
     stops = np.cumsum(sizes).tolist()
     starts = [0, *stops[:-1]]
     folds = np.add.reduceat(words, starts).view(np.int64).tolist()  # sums that wrap
-    views = zip(*(tensor.split(sizes) for tensor in tensors.values()), strict=True)
-    for start, stop, fold, weight, fields in zip(starts, stops, folds, weights, views, strict=True):
-        yield MicroBatch(
-            dict(zip(tensors, fields, strict=True)),
-            positions[start:stop],
-            ids[start:stop],
-            fold if weight else 0,
-            weight,
-        )
+    fields: list[dict[str, torch.Tensor]] = [{} for _ in sizes]
+    for name, tensor in tensors.items():
+        for batch, view in zip(fields, tensor.split(sizes), strict=True):
+            batch[name] = view
+    for start, stop, fold, weight, batch in zip(starts, stops, folds, weights, fields, strict=True):
+        yield MicroBatch(batch, positions[start:stop], ids[start:stop], fold if weight else 0, weight)
 
 
 def evaluation_batches(
