@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from data_helpers import plan_of, prepared_tokens, token_config, write_images, write_jsonl
 
 from data.config import DataConfig
 from data.dataset import open_dataset
@@ -19,6 +18,7 @@ from data.manifest import BLOCK_BYTES, Manifest, fingerprint_of, read_manifest
 from data.prepare import prepare
 from data.stream import Stream
 from data.tokenizers import load_tokenizer
+from tests.data.data_helpers import plan_of, prepared_tokens, token_config, write_images, write_jsonl
 
 
 def read_everything(directory: Path, config: DataConfig) -> None:

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-from data_helpers import lorem, token_config, write_jsonl
 
 from data.build import split_of
 from data.config import DataConfig
@@ -17,6 +16,7 @@ from data.dataset import open_dataset
 from data.errors import CorruptData
 from data.manifest import read_manifest
 from data.prepare import prepare, prepared_directory
+from tests.data.data_helpers import lorem, token_config, write_jsonl
 
 # `stop` is the number of documents after which the process reports where it is and waits to be killed.
 PREPARE = """

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import lorem, write_images, write_jsonl
 from PIL import Image
 
 from data.config import DataConfig
@@ -19,6 +18,7 @@ from data.manifest import read_manifest
 from data.prepare import prepare
 from data.shards import CheckedFile
 from data.tokenizers import load_tokenizer
+from tests.data.data_helpers import lorem, write_images, write_jsonl
 
 TEXTS = [lorem(number) for number in range(40)]
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_helpers import count_targets, plan_of, prepared_tokens, segment_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from data.dataset import Dataset, open_dataset
 from data.digest import EMPTY_DIGEST, chain
 from data.plan import Plan
 from data.stream import GlobalStep, MicroBatch, Stream, evaluation_batches
+from tests.data.data_helpers import count_targets, plan_of, prepared_tokens, segment_of
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +283,7 @@ import torch
 import torch.distributed as dist
 sys.path.insert(0, sys.argv[4])
 from pathlib import Path
-from data_helpers import count_targets, plan_of
+from tests.data.data_helpers import count_targets, plan_of
 from data.config import DataConfig
 from data.dataset import open_dataset
 from data.digest import EMPTY_DIGEST, chain

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from data_helpers import lorem, token_config, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -16,6 +15,7 @@ from data.dataset import open_dataset
 from data.manifest import read_manifest
 from data.prepare import prepare
 from data.tokenizers import ByteTokenizer, SubwordTokenizer, Tokenizer, load_published, load_tokenizer, train_bpe
+from tests.data.data_helpers import lorem, token_config, write_jsonl
 
 TEXTS = [lorem(number) for number in range(60)]
 AWKWARD = "Grüße <|endoftext|> 世界 🌍\n\t  two  spaces\r\n<s>x</s>\0"

@@ -1,4 +1,4 @@
-"""A user's own model and task, as a recipe names them: `kind: own_model:build`."""
+"""A user's own model and task, as a recipe names them: `kind: tests.models.own_model:build`."""
 
 from collections.abc import Mapping
 

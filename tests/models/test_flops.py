@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from model_helpers import IMAGE_SHAPE, TEXT_SHAPE, TINY_GPT, make
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.build import InputShape, build_model
 from models.config import TaskConfig, parse_model
 from models.flops import count_parameters, peak_flops, training_flops_per_sample
 from models.tasks import build_task
+from tests.models.model_helpers import IMAGE_SHAPE, TEXT_SHAPE, TINY_GPT, make
 
 
 def counted(settings: dict, shape: InputShape) -> int:

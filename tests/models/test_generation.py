@@ -4,10 +4,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from model_helpers import TEXT_SHAPE, TINY_GPT, make
 from torch import Tensor, nn
 
 from models.generation import generate
+from tests.models.model_helpers import TEXT_SHAPE, TINY_GPT, make
 
 PLAIN = {"new_tokens": 10, "context_tokens": 12, "temperature": 1.0, "top_k": None, "seed": 0, "stop_token": None}
 

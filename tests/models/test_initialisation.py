@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from model_helpers import ALL_MODELS, IMAGE_SHAPE, generator_for, initialise, make
 
 from models.build import InputShape, build_model
 from models.config import parse_model
 from models.initialisation import fans, he_, xavier_
+from tests.models.model_helpers import ALL_MODELS, IMAGE_SHAPE, generator_for, initialise, make
 
 
 @pytest.mark.parametrize(("settings", "shape"), ALL_MODELS)

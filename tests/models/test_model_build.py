@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from model_helpers import ALL_MODELS, IMAGE_SHAPE, TEXT_SHAPE, TINY_GPT, make
-from own_model import Perceptron
 
 from models.attention import RotaryPositions, rotary_frequencies
 from models.build import InputShape, build_model
@@ -16,6 +14,8 @@ from models.config import parse_model
 from models.flops import count_parameters
 from models.norms import BatchNorm
 from models.resnet import PaddedShortcut
+from tests.models.model_helpers import ALL_MODELS, IMAGE_SHAPE, TEXT_SHAPE, TINY_GPT, make
+from tests.models.own_model import Perceptron
 
 GPT2 = {"kind": "transformer", "layers": 12, "width": 768, "heads": 12, "positions": "learned", "norm": "layernorm"}
 GPT2 |= {"activation": "gelu_tanh", "bias": True}
@@ -157,10 +157,14 @@ def test_the_cifar_shortcut_keeps_every_second_pixel_and_pads_with_zeros():
         ({"kind": "convnet"}, InputShape(channels=1, image_size_pixels=7, classes=10), "7 pixels are too small"),
         ({"kind": "resnet", "layers": 20}, InputShape(channels=1, image_size_pixels=8), "a number of classes"),
         ({"kind": "nowhere.at_all:build"}, IMAGE_SHAPE, "no module named 'nowhere'"),
-        ({"kind": "own_model:bilud"}, IMAGE_SHAPE, "own_model has no function 'bilud'"),
-        ({"kind": "own_model:NOT_A_FUNCTION"}, IMAGE_SHAPE, "has no function 'NOT_A_FUNCTION'"),
-        ({"kind": "own_model:build_text"}, IMAGE_SHAPE, "returned a str, not a torch.nn.Module"),
-        ({"kind": "own_model:build_partial"}, IMAGE_SHAPE, r"Partial has no method initialise_parameter\(\)"),
+        ({"kind": "tests.models.own_model:bilud"}, IMAGE_SHAPE, "tests.models.own_model has no function 'bilud'"),
+        ({"kind": "tests.models.own_model:NOT_A_FUNCTION"}, IMAGE_SHAPE, "has no function 'NOT_A_FUNCTION'"),
+        ({"kind": "tests.models.own_model:build_text"}, IMAGE_SHAPE, "returned a str, not a torch.nn.Module"),
+        (
+            {"kind": "tests.models.own_model:build_partial"},
+            IMAGE_SHAPE,
+            r"Partial has no method initialise_parameter\(\)",
+        ),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_in_one_line(settings, shape, message):
@@ -180,7 +184,7 @@ def test_a_larger_vocabulary_and_context_than_the_data_need():
 
 
 def test_a_users_own_model_is_built_with_its_options():
-    model = make({"kind": "own_model:build", "options": {"hidden": 5}}, IMAGE_SHAPE)
+    model = make({"kind": "tests.models.own_model:build", "options": {"hidden": 5}}, IMAGE_SHAPE)
     assert type(model) is Perceptron
     assert count_parameters(model) == 32 * 32 * 5 + 5 + 5 * 10 + 10
     assert model(torch.zeros(3, 1, 32, 32)).shape == (3, 10)

@@ -5,8 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from model_helpers import IMAGE_SHAPE, TEXT_SHAPE, TINY_GPT, make
-from own_model import ScaledClassification
 from sklearn.metrics import accuracy_score, precision_score, recall_score
 from torch import Tensor, nn
 
@@ -14,6 +12,8 @@ from models.build import InputShape
 from models.config import TaskConfig
 from models.metrics import macro_precision_recall, perplexity
 from models.tasks import build_task
+from tests.models.model_helpers import IMAGE_SHAPE, TEXT_SHAPE, TINY_GPT, make
+from tests.models.own_model import ScaledClassification
 
 TEXT = TaskConfig(kind="language_modelling")
 IMAGES = TaskConfig(kind="classification")
@@ -231,13 +231,13 @@ def test_nothing_to_evaluate_is_an_error_not_a_number():
 
 
 def test_a_users_own_task():
-    task = build_task(TaskConfig(kind="own_model:build_own_task", options={"weight": 2.0}), classes=10)
+    task = build_task(TaskConfig(kind="tests.models.own_model:build_own_task", options={"weight": 2.0}), classes=10)
     assert type(task) is ScaledClassification
     logits, batch = classified(5, 10, seed=0, labelled=10)
     plain = build_task(IMAGES, classes=10).loss(Scores(logits), batch).total
     assert task.loss(Scores(logits), batch).total.item() == pytest.approx(2 * plain.item())
     with pytest.raises(ValueError, match=r"dict has no method loss\(\)"):
-        build_task(TaskConfig(kind="own_model:build_wrong_task"), classes=10)
+        build_task(TaskConfig(kind="tests.models.own_model:build_wrong_task"), classes=10)
 
 
 @pytest.mark.parametrize(
