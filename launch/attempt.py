@@ -65,7 +65,6 @@ class Attempt:
             "tokens": items if self.materials.item_name == "token" else None,
             **record,
         }
-        log.debug("step %d loss %.6f digest %s", record["step"], record["loss"], record["digest"])
         if self.tracking is not None and self.progress is not None:
             self._track(record)
             self.progress.update(record)

@@ -101,7 +101,7 @@ def train(
         result = engine.step(batch.micro_batches, batch.items)
         report = report_step(
             result,
-            fold=sum(micro_batch.fold for micro_batch in batch.micro_batches),
+            fold=batch.fold,
             stop_requested=hooks.stop_asked(),
             data_wait_seconds=data_wait_seconds,
             world=world,
