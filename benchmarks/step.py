@@ -50,8 +50,8 @@ TINY, BASE = _gpt(2, 64, 4, 512), _gpt(6, 384, 6, 8192)
 TABLES = (
     Table("tiny", 1, 1, TINY, 32, 8, (BARE, PLAIN, FULL), 4, 6, 100, 100, most_over_ms={PLAIN: 0.3, FULL: 1.0}),
     Table("tiny", 2, 1, TINY, 32, 8, (BARE, PLAIN, FULL), 4, 6, 100, 100),
-    Table("base", 1, 2, BASE, 256, 8, (BARE, FULL), 2, 6, 2, 2, most_ratio={FULL: 1.03}),
-    Table("base", 2, 1, BASE, 256, 8, (BARE, FULL), 2, 4, 2, 2, most_ratio={FULL: 1.03}),
+    Table("base", 1, 2, BASE, 256, 8, (BARE, FULL), 2, 40, 1, 2, most_ratio={FULL: 1.03}),
+    Table("base", 2, 1, BASE, 256, 8, (BARE, FULL), 2, 20, 1, 2, most_ratio={FULL: 1.03}),
 )
 
 

@@ -71,11 +71,12 @@ class NativeEngine:
         # The sum of losses over the global batch, divided by its items (law 2): DDP averages over ranks, so multiply by
         # their number first.
         scale = self.world.data_size / items
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        losses = []
         for micro_batch in micro_batches[:-1]:
             with self._without_communication():
-                loss_sum += self._forward_backward(micro_batch, scale)
-        loss_sum += self._forward_backward(micro_batches[-1], scale)
+                losses.append(self._forward_backward(micro_batch, scale))
+        losses.append(self._forward_backward(micro_batches[-1], scale))
+        loss_sum = torch.stack(losses).sum(dtype=torch.float64)
         norm, skipped = self._clip()
         lr = learning_rate(self._schedule, self._peak_lr, self.steps_done, self._steps)
         self._update(lr, skipped)
@@ -116,12 +117,12 @@ class NativeEngine:
         set_updates_done(self._optimizer, int(scalars["optimizer_updates"]))
 
     def _forward_backward(self, micro_batch: MicroBatch, scale: float) -> torch.Tensor:
-        """Adds the micro-batch's gradient, times `scale`; returns the sum of its losses, detached, float64."""
+        """Adds the micro-batch's gradient, times `scale`; returns the sum of its losses, detached."""
         self._reseed(micro_batch.first_position)
         with self._autocast():
             total = self._loss(self._replicated, self._to_device(micro_batch)).total
         (total * (scale * micro_batch.weight)).backward()
-        return total.detach().double() * micro_batch.weight
+        return total.detach() if micro_batch.weight else torch.zeros_like(total)
 
     def _clip(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Clips to the global norm; returns (norm before clipping, 1.0 if it is not finite), both on the device."""

@@ -16,20 +16,15 @@ STATE_TENSORS: dict[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"),
 def make_optimizer(
     config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) or SGD, fused, with two groups: tensors of two or
+    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) or SGD, fused: tensors of two or
     more axes are decayed, the others (biases, norm weights) are not. The state of every parameter exists on return, so that
     running out of memory shows before the first step.
     """
-    decayed: list[nn.Parameter] = []
-    undecayed: list[nn.Parameter] = []
+    by_decay: dict[float, list[nn.Parameter]] = {}  # one group, and one kernel, where nothing is decayed
     for _, parameter in named_parameters:
         if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 else undecayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+            by_decay.setdefault(config.weight_decay if parameter.ndim >= 2 else 0.0, []).append(parameter)
+    groups = [{"params": parameters, "weight_decay": decay} for decay, parameters in by_decay.items()]
     optimizer: torch.optim.Optimizer
     if config.kind == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.epsilon, fused=True)

@@ -113,9 +113,8 @@ class LanguageModelling:
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> LossSum:
         losses, targets = self._token_losses(model, batch, self.label_smoothing)
-        per_sample = losses.sum(dim=1)
         items = batch["loss_mask"].sum() if "loss_mask" in batch else targets.numel()
-        return LossSum(per_sample.sum(), items, per_sample.detach())
+        return LossSum(losses.sum(), items, losses.detach().sum(dim=1))
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
