@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ from distrib.manifest import BadCheckpoint
 from distrib.safetensors_storage import SafetensorsWriter
 from distrib.world import World
 
+log = logging.getLogger("lockstep")
 STATE_NAME = "state.json"
 # Room asked for beyond the tensors: headers, manifest, the file system's own bookkeeping.
 _SPARE_BYTES = 1 << 20
@@ -44,7 +46,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class PassedOver:
-    """A checkpoint that failed verification, renamed so that nobody uses it."""
+    """A checkpoint that failed verification, and where it lies now."""
 
     path: Path
     reason: str
@@ -92,7 +94,8 @@ def save_checkpoint(
 
 
 def newest_good_checkpoint(root: Path, world: World) -> tuple[Checkpoint | None, list[PassedOver]]:
-    """The newest published checkpoint whose every byte verifies, and those that were passed over on the way."""
+    """The newest published checkpoint whose every byte verifies, and those that were passed over on the way, renamed so
+    that nobody uses them. For the process, or the ranks together, that own the run; others use `read_newest_good`."""
     passed_over: list[PassedOver] = []
     for path in world.broadcast_object(manifests.published_checkpoints(root)):
         try:
@@ -100,6 +103,23 @@ def newest_good_checkpoint(root: Path, world: World) -> tuple[Checkpoint | None,
         except BadCheckpoint as error:
             moved = world.broadcast_object(manifests.mark_corrupt(path) if world.rank == 0 else None)
             passed_over.append(PassedOver(moved, str(error)))
+    return None, passed_over
+
+
+def read_newest_good(root: Path, world: World) -> tuple[Checkpoint | None, list[PassedOver]]:
+    """As `newest_good_checkpoint`, for one process that only looks: it renames nothing, and the run may go on meanwhile."""
+    passed_over: list[PassedOver] = []
+    waiting = manifests.published_checkpoints(root)
+    while waiting:
+        path = waiting.pop(0)
+        try:
+            return open_checkpoint(path, world), passed_over
+        except (BadCheckpoint, FileNotFoundError) as error:
+            if path.exists():
+                passed_over.append(PassedOver(path, str(error)))
+            else:  # retired while it was read, because the run has published newer ones
+                seen = {bad.path for bad in passed_over}
+                waiting = [path for path in manifests.published_checkpoints(root) if path not in seen]
     return None, passed_over
 
 
@@ -199,9 +219,13 @@ def _finish(
         files[STATE_NAME] = {"sha256": manifests.sha256_of_file(path), "bytes": path.stat().st_size}
         manifests.write_manifest(temporary, {"step": step, **fields}, files)
         published = manifests.publish(temporary, root, step)
-        manifests.retire(root, config.keep_last, config.keep_every_steps)
     except OSError as error:
         return _explain(error, root)
+    try:
+        manifests.retire(root, config.keep_last, config.keep_every_steps)
+    except OSError as error:
+        # The new checkpoint is safe: one that should have gone costs room, not the run.
+        log.warning("%s: an old checkpoint could not be deleted (%s)", error.filename or root, error.strerror)
     return published
 
 

@@ -69,7 +69,8 @@ def join_world(device_kind: str = "auto", timeout_seconds: float = 600.0) -> Wor
     """Joins the run that the launcher's variables describe (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT);
     without any of them this process is the whole run. `device_kind`: auto, cpu or cuda.
 
-    Raises ValueError for half-set variables and for a device that is not there.
+    Raises ValueError for half-set variables and for a device that is not there, ConnectionError where the others cannot
+    be reached within the timeout.
     """
     rank, size, local_rank = _read_launcher_variables()
     device = _choose_device(device_kind, local_rank)
@@ -79,7 +80,13 @@ def join_world(device_kind: str = "auto", timeout_seconds: float = 600.0) -> Wor
         return World(0, 1, 0, device, None, None, None)
     timeout = timedelta(seconds=timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    except dist.DistError as error:
+        meeting_point = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConnectionError(
+            f"rank {rank} of {size} could not meet the others at {meeting_point}: {str(error).splitlines()[0]}"
+        ) from None
     return world_of_group(local_rank, device, timeout)
 
 

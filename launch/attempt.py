@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from data.plan import Plan
@@ -41,6 +42,7 @@ class Attempt:
     stop: StopRequest
     progress: Progress | None = None
     tracking: Tracking | None = None
+    resumed_from: Path | None = None
     saved_step: int | None = None
     save_failure: str | None = None
     evaluated_step: int | None = None

@@ -53,6 +53,12 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def forked_from(self) -> str | None:
+        """The checkpoint of another run that this one began from."""
+        origins = [attempt["resumed_from"] for attempt in self.identity["attempts"] if attempt["resumed_from"]]
+        return next((path for path in origins if Path(path).parent.resolve() != self.checkpoints.resolve()), None)
+
+    @property
     def stop_file(self) -> Path:
         return self.path / STOP_FILE
 

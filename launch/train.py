@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from launch.arguments import add_training_arguments, parse_with_overrides
 from launch.config import RunConfig
-from launch.exit_codes import USAGE
+from launch.exit_codes import FAILED, USAGE
 from launch.recipe import load_recipe
 from launch.run_directory import Resume, decide_resume
 from launch.stopping import StopRequest
@@ -53,6 +53,9 @@ def run_worker(config: RunConfig, resume: Resume, *, allow_change: bool) -> int:
     except ValueError as error:
         print(f"lockstep: error: {error}", file=sys.stderr)
         return USAGE
+    except ConnectionError as error:
+        print(f"lockstep: error: {error}", file=sys.stderr)
+        return FAILED
     try:
         ending, _ = run_attempt(config, resume, allow_change=allow_change, world=world, stop=stop)
     except BaseException as error:

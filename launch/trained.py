@@ -11,7 +11,7 @@ from torch import nn
 
 from data.prepare import prepare
 from data.stream import evaluation_batches
-from distrib.checkpoint import Checkpoint, load_tensors, newest_good_checkpoint, open_checkpoint
+from distrib.checkpoint import Checkpoint, load_tensors, open_checkpoint, read_newest_good
 from distrib.initialisation import make_initialised_model
 from distrib.manifest import BadCheckpoint, corrupt_checkpoints
 from distrib.model_state import model_tensors
@@ -98,12 +98,12 @@ def generate_from_run(
 def _find_checkpoint(run_directory: Path, checkpoint: Path | None, world: World) -> Checkpoint:
     if checkpoint is not None:
         return open_checkpoint(checkpoint, world)
-    found, passed_over = newest_good_checkpoint(run_directory / "checkpoints", world)
-    if found is None and not corrupt_checkpoints(run_directory / "checkpoints"):
+    found, passed_over = read_newest_good(run_directory / "checkpoints", world)
+    if found is None and not passed_over and not corrupt_checkpoints(run_directory / "checkpoints"):
         raise ValueError(f"{run_directory}: no checkpoint was saved yet; train it further")
     if found is None:
         reasons = "; ".join(bad.reason for bad in passed_over) or "all failed verification before"
         raise BadCheckpoint(f"{run_directory}: no good checkpoint ({reasons}); restore one, or train anew")
     for bad in passed_over:
-        print(f"passed over a checkpoint: {bad.reason}; kept as {bad.path.name}", file=sys.stderr)
+        print(f"passed over a checkpoint: {bad.reason}", file=sys.stderr)
     return found

@@ -124,6 +124,13 @@ def _resume(attempt: Attempt, resume: Resume, *, allow_change: bool) -> None:
                 DO_NOT_RESTART,
                 told_by_all=True,
             )
+        if checkpoint is None and run.forked_from is not None:
+            raise RunEnded(
+                f"{run.path}: began from {run.forked_from} and was ended before it saved anything of its own; "
+                f"start again from there with --resume {run.forked_from} and a new run.directory",
+                DO_NOT_RESTART,
+                told_by_all=True,
+            )
     if checkpoint is not None:
         taken = checkpoint
         together(world, lambda: _take_over(attempt, taken, allow_change=allow_change))
@@ -148,7 +155,7 @@ def _take_over(attempt: Attempt, checkpoint: Checkpoint, *, allow_change: bool) 
     engine.load_scalars(engine_scalars)
     attempt.ledger = Ledger(**checkpoint.scalars["ledger"])
     attempt.plan = _continue_plan(attempt, Plan.from_json(json.dumps(checkpoint.scalars["plan"])), checkpoint.path)
-    attempt.saved_step = attempt.ledger.step
+    attempt.resumed_from, attempt.saved_step = checkpoint.path, attempt.ledger.step
     attempt.first_evaluation = checkpoint.scalars["first_evaluation"]
 
 
@@ -177,14 +184,18 @@ def _continue_plan(attempt: Attempt, plan: Plan, source: Path) -> Plan:
 def _begin(attempt: Attempt) -> None:
     """Puts the attempt on record before its first step, and opens what rank 0 speaks through."""
     config, world, run = attempt.config, attempt.world, attempt.run
-    resumed_from = attempt.ledger.step if attempt.saved_step is not None else None
     devices = world.gather_objects(_device_name(world.device))
 
     def put_on_record() -> None:
         write_durably(run.path / "recipe.yaml", dump_recipe(config).encode())
         run.write_json("environment.json", describe_environment(devices, world.size))
         begin_attempt(
-            run, world_size=world.size, engine=config.parallel.engine, device=devices[0], resumed_from_step=resumed_from
+            run,
+            world_size=world.size,
+            engine=config.parallel.engine,
+            device=devices[0],
+            resumed_from=str(attempt.resumed_from) if attempt.resumed_from else None,
+            resumed_from_step=attempt.saved_step,
         )
         attempt.stop.watch(run.stop_file)
         attempt.progress = Progress(
@@ -204,7 +215,7 @@ def _begin(attempt: Attempt) -> None:
 
     on_rank_zero(world, put_on_record)
     run.identity = world.broadcast_object(run.identity)
-    origin = f", resumed from step {resumed_from}" if resumed_from is not None else ""
+    origin = f", resumed from step {attempt.saved_step}" if attempt.resumed_from else ""
     attempt.say(f"run {run.path}, attempt {run.attempt}: {world.size} x {devices[0]}{origin}")
 
 

@@ -25,10 +25,16 @@ class _RankLog(logging.FileHandler):
 
 
 def start_logging(run_directory: Path, rank: int) -> None:
-    """Sends the `lockstep` logger to `logs/rank-<rank>.log`, appended over attempts."""
+    """Sends the `lockstep` logger to `logs/rank-<rank>.log`, appended over attempts, and rank 0's warnings to stderr too."""
     handler = _RankLog(run_directory / "logs" / f"rank-{rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("lockstep")
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     logger.addHandler(handler)
+    if rank == 0:
+        speaker = logging.StreamHandler(sys.stderr)
+        speaker.setLevel(logging.WARNING)
+        speaker.addFilter(lambda record: record.levelno == logging.WARNING)  # how a run ended is told by the worker
+        speaker.setFormatter(logging.Formatter("lockstep: warning: %(message)s"))
+        logger.addHandler(speaker)

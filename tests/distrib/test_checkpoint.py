@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from distrib.checkpoint import (
     load_tensors,
     newest_good_checkpoint,
     open_checkpoint,
+    read_newest_good,
     save_checkpoint,
 )
 from distrib.config import CheckpointConfig, OptimizerConfig
@@ -250,6 +252,47 @@ def test_no_room_on_one_rank_fails_the_save_on_all_and_leaves_the_earlier_one(
         assert "\n" not in message
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     open_checkpoint(tmp_path / "step-00000001", ALONE)
+
+
+def test_a_reader_looks_again_where_a_checkpoint_was_retired_meanwhile(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(tiny_checkpoint / "step-00000001", root / "step-00000001")
+    doomed = root / "step-00000003"
+    doomed.mkdir()
+    os.mkfifo(doomed / "MANIFEST.json")  # its reader waits until somebody opens it for writing
+
+    def publish_another_and_retire() -> None:
+        with (doomed / "MANIFEST.json").open("w"):
+            shutil.copytree(tiny_checkpoint / "step-00000002", root / "step-00000002")
+            doomed.rename(tmp_path / "retired")
+
+    run = threading.Thread(target=publish_another_and_retire)
+    run.start()
+    found, passed_over = read_newest_good(root, ALONE)
+    run.join()
+    assert found is not None
+    assert found.path.name == "step-00000002"
+    assert not passed_over
+
+
+def test_a_reader_renames_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(tiny_checkpoint, tmp_path / "root")
+    (root / "step-00000002" / "state.json").write_text("{}")
+    found, passed_over = read_newest_good(root, ALONE)
+    assert found is not None
+    assert found.path.name == "step-00000001"
+    assert [bad.path for bad in passed_over] == [root / "step-00000002"]
+    assert (root / "step-00000002").is_dir()
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_fail_the_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "step-00000000").write_text("a file where a directory should be")
+    engine = make_engine(ALONE, SGD_UNCLIPPED)
+    for step in (1, 2):
+        open_checkpoint(save(engine, tmp_path, step, CheckpointConfig(keep_last=2)), ALONE)
+    assert "an old checkpoint could not be deleted (Not a directory)" in caplog.text
 
 
 def test_a_kill_at_any_moment_of_a_save_never_shows_a_half_checkpoint(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,23 @@ def test_half_set_launcher_variables(
     ended = warm.worker(recipe, "run.directory=run", cwd=tmp_path, env=environment(**variables))
     ended.failed_with(2, *parts)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_meeting_point_that_is_taken(warm: WarmProcess, recipe: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ended = warm.worker(recipe, "run.directory=run", cwd=tmp_path, env=environment(**variables))
+    ended.failed_with(1, f"rank 0 of 2 could not meet the others at 127.0.0.1:{port}", "EADDRINUSE")
+
+
+def test_workers_that_never_come(warm: WarmProcess, recipe: Path, tmp_path: Path) -> None:
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    arguments = [recipe, "run.directory=run", "parallel.timeout_seconds=1"]
+    ended = warm.worker(*arguments, cwd=tmp_path, env=environment(**variables))
+    ended.failed_with(1, "rank 1 of 2 could not meet the others at 127.0.0.1:1")
 
 
 def test_out_of_memory(warm: WarmProcess, recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

@@ -205,6 +205,19 @@ def test_a_checkpoint_of_another_optimizer_is_refused(
     ended.failed_with(2, "was trained with optimizer.kind=adamw, the recipe says sgd")
 
 
+def test_a_run_that_began_from_another_never_starts_again_at_zero(
+    warm: WarmProcess, run: Path, recipe: Path, tmp_path: Path
+) -> None:
+    """Ended before its first own checkpoint, it has nothing to continue from but what it began from."""
+    origin = newest(run)
+    warm.worker(recipe, "run.directory=fork", "--resume", origin, "run.steps=41", "--allow-change", cwd=tmp_path)
+    shutil.rmtree(tmp_path / "fork" / "checkpoints")
+    ended = warm.worker(
+        recipe, "run.directory=fork", "--resume", "auto", "run.steps=41", "--allow-change", cwd=tmp_path
+    )
+    ended.failed_with(78, f"fork: began from {origin}", f"--resume {origin} and a new run.directory")
+
+
 def test_the_global_batch_may_change_on_the_way(
     warm: WarmProcess, run: Path, recipe: Path, straight_run: Callable[..., Path]
 ) -> None:
