@@ -132,5 +132,8 @@ class Attempt:
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    """`name value` pairs as a person reads them."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    """`name value` pairs as a person reads them: counts whole, everything else to four digits."""
+    return ", ".join(
+        f"{name} {value:,.0f}" if value.is_integer() and value >= 1000 else f"{name} {value:.4g}"
+        for name, value in metrics.items()
+    )
