@@ -5,14 +5,14 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from data.dataset import Dataset
-from data.digest import fold_samples, mix_samples, to_int64
+from data.digest import fold_samples, mix_samples
 from data.order import ORDER_VERSION
 from data.plan import Plan
 from data.steps import Share, StepBlock, Steps
@@ -27,8 +27,8 @@ CHUNK_STEPS = 64
 ORDER_SAMPLES = 8192
 
 
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
+# Both are named tuples, which are made three times as fast as frozen dataclasses: there may be thousands a second.
+class MicroBatch(NamedTuple):
     """What one forward pass takes. `fold` sums over micro-batches and ranks; a filler has weight 0.0 and fold 0."""
 
     tensors: dict[str, torch.Tensor]
@@ -46,19 +46,15 @@ class MicroBatch:
         return len(self.positions)
 
 
-@dataclass(frozen=True, slots=True)
-class GlobalStep:
-    """One global step as one rank sees it: `samples` and `items` are of all ranks, `micro_batches` its own."""
+class GlobalStep(NamedTuple):
+    """One global step as one rank sees it: `samples` and `items` are of all ranks, `micro_batches` its own, and `fold`
+    is the wrapping sum of their folds, which fits an int64 tensor."""
 
     first_position: int
     samples: int
     items: int
     micro_batches: tuple[MicroBatch, ...]
-
-    @property
-    def fold(self) -> int:
-        """The wrapping sum of the micro-batches' folds, which fits an int64 tensor."""
-        return to_int64(sum([batch.fold for batch in self.micro_batches]))
+    fold: int
 
 
 class Stream:
@@ -197,8 +193,7 @@ class Stream:
         tensors = {name: torch.from_numpy(field) for name, field in fields.items()}
         if self._pin_memory:
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        batches = _cut(shares, tensors, positions, ids, mix_samples(positions, ids, hashes))
-        parts = [tuple(itertools.islice(batches, len(share.sizes))) for share in shares]
+        parts, folds = _cut(shares, tensors, positions, ids, mix_samples(positions, ids, hashes))
         items, row = [], 0
         for part, share in zip(parts, shares, strict=True):
             items.append(self._count(part, share, row, tensors))
@@ -206,7 +201,7 @@ class Stream:
         if self._reduce_items is not None:
             items = self._reduce_items(items)
         firsts, step_samples = block.firsts[start:stop], block.step_samples[start:stop]
-        return [GlobalStep(*step) for step in zip(firsts, step_samples, items, parts, strict=True)]
+        return list(map(GlobalStep, firsts, step_samples, items, parts, folds))
 
     def _count(self, part: tuple[MicroBatch, ...], share: Share, row: int, tensors: dict[str, torch.Tensor]) -> int:
         """Items of this rank's own samples of a step, which begin at `row` of the tensors."""
@@ -223,19 +218,24 @@ def _cut(
     positions: npt.NDArray[np.int64],
     ids: npt.NDArray[np.int64],
     words: npt.NDArray[np.uint64],
-) -> Iterator[MicroBatch]:
-    """The micro-batches of consecutive steps, as views of the chunk's tensors."""
+) -> tuple[list[tuple[MicroBatch, ...]], list[int]]:
+    """The micro-batches of consecutive steps, as views of the chunk's tensors, and the steps' folds."""
     sizes = [size for share in shares for size in share.sizes]
     weights = [weight for share in shares for weight in share.weights]
     stops = np.cumsum(sizes).tolist()
     starts = [0, *stops[:-1]]
-    folds = np.add.reduceat(words, starts).view(np.int64).tolist()  # sums that wrap
+    folds = np.add.reduceat(words, starts).view(np.int64)  # sums that wrap
+    folds *= np.array(weights, dtype=np.bool_)
     fields: list[dict[str, torch.Tensor]] = [{} for _ in sizes]
     for name, tensor in tensors.items():
         for batch, view in zip(fields, tensor.split(sizes), strict=True):
             batch[name] = view
-    for start, stop, fold, weight, batch in zip(starts, stops, folds, weights, fields, strict=True):
-        yield MicroBatch(batch, positions[start:stop], ids[start:stop], fold if weight else 0, weight)
+    cuts = list(map(slice, starts, stops))
+    places = map(positions.__getitem__, cuts), map(ids.__getitem__, cuts)
+    batches = map(MicroBatch, fields, *places, folds.tolist(), weights)
+    first_batches = np.cumsum([0, *[len(share.sizes) for share in shares[:-1]]])
+    parts = [tuple(itertools.islice(batches, len(share.sizes))) for share in shares]
+    return parts, np.add.reduceat(folds, first_batches).tolist()
 
 
 def evaluation_batches(

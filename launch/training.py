@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import time
@@ -272,7 +271,7 @@ def _example_micro_batch(attempt: Attempt) -> Any:
     tensors = {
         name: tensor.repeat(repeats, *[1] * (tensor.ndim - 1))[:samples] for name, tensor in first.tensors.items()
     }
-    return dataclasses.replace(first, tensors=tensors)
+    return first._replace(tensors=tensors)
 
 
 def _make_meter(attempt: Attempt) -> Meter:
