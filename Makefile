@@ -14,7 +14,7 @@ test: $(READY)
 	$(BIN)/pytest -m "not long"
 
 test-all: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest $(PYTEST_OPTIONS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

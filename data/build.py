@@ -81,15 +81,15 @@ def _series(
             one.close()
 
 
-def _finish(series: dict[Split, _ShardSeries], config: DataConfig, what: str) -> dict[Split, SplitEntry]:
+def _finish(series: dict[Split, _ShardSeries], config: DataConfig, what: str, count: int) -> dict[Split, SplitEntry]:
     empty = [split for split in SPLITS if series[split].writer is None]
     if len(empty) == len(SPLITS):
         raise ValueError(f"source {config.source}: empty, there are no {what} in it; correct data.source")
     if empty:
         raise ValueError(
             f"source {config.source}: no {what} for {empty[0]} with data.validation_fraction "
-            f"{config.validation_fraction} (each goes to one side, by its hash); change the fraction or cut the "
-            f"source into more {what}"
+            f"{config.validation_fraction} (each of the {count} goes to one side, by its hash); change the "
+            f"fraction or give more {what}"
         )
     return {split: one.finish() for split, one in series.items()}
 
@@ -113,7 +113,7 @@ def build_tokens(source: TextSource, config: DataConfig, workspace: Path, progre
                 size_bytes += len(content)
             if progress:
                 progress(documents, size_bytes)
-        splits = _finish(series, config, "documents")
+        splits = _finish(series, config, "documents", documents)
     return Manifest(
         kind="tokens",
         source=SourceEntry(address=config.source, description=source.description),
@@ -182,7 +182,7 @@ def build_images(source: ImageSource, config: DataConfig, workspace: Path, progr
             size_bytes += len(image.encoded)
             if progress and images % 256 == 0:
                 progress(images, size_bytes)
-        splits = _finish(series, config, "images")
+        splits = _finish(series, config, "images", images)
     if progress:
         progress(images, size_bytes)
     names = source.class_names or tuple(str(label) for label in range(highest_label + 1))

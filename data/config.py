@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 SourceKind = Literal["stdlib", "digits", "text", "jsonl", "parquet", "images", "hf"]
 
@@ -76,6 +76,20 @@ class DataConfig(BaseModel):
     image_channels: Literal[1, 3] | None = Field(None, description="grey or RGB; null: as stored")
     prefetch_steps: int = Field(2, ge=1, description="global steps made ready ahead of the training step")
     shard_bytes: int = Field(67_108_864, ge=1, description="a shard is closed before a document would pass this")
+
+    @model_validator(mode="after")
+    def _refuse_options_of_other_data(self) -> "DataConfig":
+        images, texts = {"image_size_pixels", "image_channels"}, {"tokenizer", "sequence_tokens"}
+        kind = parse_source(self.source).kind
+        foreign = {"hf": set[str](), "digits": texts, "images": texts}.get(kind, images)
+        # Compared with the defaults, not with what was written: the resolved recipe of a run spells out every key.
+        given = [name for name in sorted(foreign) if getattr(self, name) != type(self).model_fields[name].default]
+        if given:
+            what = "images" if foreign is texts else "text"
+            raise ValueError(
+                f"{', '.join(given)} means nothing to data.source={self.source}, which is {what}; remove it"
+            )
+        return self
 
     @field_validator("source")
     @classmethod

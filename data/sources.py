@@ -18,6 +18,7 @@ from data.config import SourceAddress
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 # Not the library itself: tests, installed packages, caches.
 STDLIB_EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+DOCUMENT_CHARACTERS = 4096
 _UNREADABLE = "source {}: cannot be read ({}); correct data.source or the file's permissions"
 
 
@@ -75,6 +76,9 @@ def open_source(address: SourceAddress) -> TextSource | ImageSource:
         description = f"the standard library of Python {platform.python_version()}, {len(files)} files"
         return TextSource(description, lambda: _read_texts(files, root), size_bytes)
     description = f"{len(files)} files"
+    if address.kind == "text" and Path(address.location).expanduser().is_file():
+        description = f"one file, cut at line ends into documents of {DOCUMENT_CHARACTERS:,} characters or little more"
+        return TextSource(description, lambda: _cut_text(files[0]), size_bytes)
     if address.kind == "text":
         return TextSource(description, lambda: _read_texts(files, None), size_bytes)
     column = address.column
@@ -147,6 +151,20 @@ def _read_texts(files: list[Path], root: Path | None) -> Iterator[Document]:
     for path in files:
         where = str(path.relative_to(root)) if root else str(path)
         yield Document(_decode(_read(path), where), where)
+
+
+def _cut_text(path: Path) -> Iterator[Document]:
+    """The parts of a file that is all the text there is: as one document it could not be split for validation."""
+    parts: list[str] = []
+    size, first_line = 0, 1
+    for number, line in enumerate(_decode(_read(path), str(path)).splitlines(keepends=True), start=1):
+        parts.append(line)
+        size += len(line)
+        if size >= DOCUMENT_CHARACTERS:
+            yield Document("".join(parts), f"{path}:{first_line}")
+            parts, size, first_line = [], 0, number + 1
+    if parts:
+        yield Document("".join(parts), f"{path}:{first_line}")
 
 
 def _read_jsonl(files: list[Path], field: str) -> Iterator[Document]:

@@ -53,6 +53,12 @@ class ScheduleConfig(_Section):
     final_fraction: float = Field(default=0.1, ge=0, le=1)
     """The rate at the end of the run over the peak rate; linear and cosine only."""
 
+    @model_validator(mode="after")
+    def _refuse_options_of_another_kind(self) -> ScheduleConfig:
+        if self.kind == "constant" and self.final_fraction != type(self).model_fields["final_fraction"].default:
+            raise ValueError("final_fraction means nothing to schedule.kind=constant; remove it")
+        return self
+
 
 class ParallelConfig(_Section):
     """Who runs a step, and how its work and state are divided."""

@@ -59,6 +59,8 @@ class NativeEngine:
 
     def dry_run(self, micro_batch: MicroBatch) -> None:
         buffers = [buffer.clone() for buffer in self._module.buffers()]
+        if self.world.size > 1:
+            self._find_unused(micro_batch)
         # DDP lays its buckets out anew after the first backward of an attempt, which changes the order of summation: that
         # must happen here, or a resumed run would not repeat the bytes.
         self._forward_backward(micro_batch, scale=0.0)
@@ -66,6 +68,14 @@ class NativeEngine:
         with torch.no_grad():
             for buffer, before in zip(self._module.buffers(), buffers, strict=True):
                 buffer.copy_(before)
+
+    def _find_unused(self, micro_batch: MicroBatch) -> None:
+        """DDP waits for the gradient of every parameter, unless it is told to look each time for those without one."""
+        with self._without_communication():
+            self._forward_backward(micro_batch, scale=0.0)
+        if any(parameter.grad is None for parameter in self._parameters):
+            self._replicated = _replicate(self._module, self.world, find_unused_parameters=True)
+        self._optimizer.zero_grad()
 
     def step(self, micro_batches: Sequence[MicroBatch], items: int) -> StepResult:
         # The sum of losses over the global batch, divided by its items (law 2): DDP averages over ranks, so multiply by
@@ -85,6 +95,7 @@ class NativeEngine:
 
     def evaluate(self, function: EvaluationFunction, micro_batches: Iterable[MicroBatch]) -> dict[str, torch.Tensor]:
         sums: dict[str, torch.Tensor] = {}
+        self._share_buffers()
         self._module.eval()
         try:
             with torch.no_grad(), self._autocast():
@@ -101,6 +112,7 @@ class NativeEngine:
         return sums
 
     def canonical_state(self) -> CanonicalState:
+        self._share_buffers()
         named = list(self._module.named_parameters())
         tensors = model_tensors(self._module)
         optimizer = optimizer_tensors(self._optimizer, named)
@@ -119,8 +131,12 @@ class NativeEngine:
     def _forward_backward(self, micro_batch: MicroBatch, scale: float) -> torch.Tensor:
         """Adds the micro-batch's gradient, times `scale`; returns the sum of its losses, detached."""
         self._reseed(micro_batch.first_position)
+        if not micro_batch.weight:
+            self._module.eval()  # a filler leaves no trace, in running statistics neither
         with self._autocast():
             total = self._loss(self._replicated, self._to_device(micro_batch)).total
+        if not micro_batch.weight:
+            self._module.train()
         (total * (scale * micro_batch.weight)).backward()
         return total.detach() if micro_batch.weight else torch.zeros_like(total)
 
@@ -142,6 +158,12 @@ class NativeEngine:
         self._optimizer.step()
         for parameter in self._parameters:  # as zero_grad does, without its sorting and its entry in a profile
             parameter.grad = None
+
+    def _share_buffers(self) -> None:
+        """The run's running statistics are rank 0's: training never reads them, what is evaluated and saved does."""
+        if self.world.size > 1:
+            for buffer in self._module.buffers():
+                dist.broadcast(buffer, src=0, group=self.world.data_group)
 
     def _reseed(self, first_position: int) -> None:
         # Stateless randomness (law 4). 63 bits: what every generator takes.
@@ -167,7 +189,7 @@ class NativeEngine:
         return contextlib.nullcontext()
 
 
-def _replicate(module: nn.Module, world: World) -> nn.Module:
+def _replicate(module: nn.Module, world: World, *, find_unused_parameters: bool = False) -> nn.Module:
     # A convolution with one input channel has two equal descriptions of its strides; DDP warns that they differ.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     with warnings.catch_warnings():
@@ -175,5 +197,9 @@ def _replicate(module: nn.Module, world: World) -> nn.Module:
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         # Buffers are not broadcast: a step must not depend on rank 0's running statistics.
         return DistributedDataParallel(
-            module, process_group=world.data_group, gradient_as_bucket_view=True, broadcast_buffers=False
+            module,
+            process_group=world.data_group,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+            find_unused_parameters=find_unused_parameters,
         )

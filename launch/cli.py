@@ -31,11 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="lockstep", description="Trains transformers and CNNs from one recipe: the same run everywhere."
+        prog="lockstep",
+        allow_abbrev=False,
+        description="Trains transformers and CNNs from one recipe: the same run everywhere.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train a recipe", description="Trains a recipe on this machine.")
+    train = commands.add_parser(
+        "train", allow_abbrev=False, help="train a recipe", description="Trains a recipe on this machine."
+    )
     add_training_arguments(train)
     train.add_argument(
         "--workers", type=int, metavar="N", help="worker processes (default: one per GPU; without a GPU two)"
@@ -43,7 +47,7 @@ def _make_parser() -> argparse.ArgumentParser:
     train.add_argument("--debug", action="store_true", help="one process, no spawning, anomaly detection, five steps")
     train.set_defaults(run=_train)
 
-    prepare = commands.add_parser("prepare", help="turn a source into a dataset of shards")
+    prepare = commands.add_parser("prepare", allow_abbrev=False, help="turn a source into a dataset of shards")
     prepare.add_argument(
         "source", help="stdlib, digits, text:PATH, jsonl:PATH#FIELD, parquet:PATH#COLUMN, images:DIR, hf:NAME"
     )
@@ -52,13 +56,18 @@ def _make_parser() -> argparse.ArgumentParser:
     prepare.add_argument("--validation-fraction", type=float, default=0.05, metavar="F")
     prepare.set_defaults(run=_prepare)
 
-    evaluate = commands.add_parser("evaluate", help="evaluate a run's newest good checkpoint on its validation split")
+    evaluate = commands.add_parser(
+        "evaluate", allow_abbrev=False, help="evaluate a run's newest good checkpoint on its validation split"
+    )
     evaluate.add_argument("run_directory", type=Path, metavar="RUN")
     evaluate.add_argument("--checkpoint", type=Path, metavar="PATH", help="this checkpoint instead")
+    evaluate.add_argument(
+        "--dataset", type=Path, metavar="DIR", help="where the run's dataset lies now, if it was moved"
+    )
     evaluate.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     evaluate.set_defaults(run=_evaluate)
 
-    generate = commands.add_parser("generate", help="continue a text with a run's language model")
+    generate = commands.add_parser("generate", allow_abbrev=False, help="continue a text with a run's language model")
     generate.add_argument("run_directory", type=Path, metavar="RUN")
     generate.add_argument("--prompt", help="the text to continue (default: the recipe's evaluation.prompt)")
     generate.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens to write (default 200)")
@@ -66,10 +75,15 @@ def _make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest only")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--checkpoint", type=Path, metavar="PATH", help="this checkpoint instead")
+    generate.add_argument(
+        "--dataset", type=Path, metavar="DIR", help="where the run's dataset lies now, if it was moved"
+    )
     generate.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     generate.set_defaults(run=_generate)
 
-    report = commands.add_parser("report", help="one self-contained HTML page about one or more runs")
+    report = commands.add_parser(
+        "report", allow_abbrev=False, help="one self-contained HTML page about one or more runs"
+    )
     report.add_argument("run_directories", type=Path, nargs="+", metavar="RUN")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run")
     report.set_defaults(run=_report)
@@ -129,7 +143,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from launch.trained import evaluate_run
 
-    print(evaluate_run(arguments.run_directory, arguments.checkpoint, arguments.device))
+    print(evaluate_run(arguments.run_directory, arguments.checkpoint, arguments.dataset, arguments.device))
     return 0
 
 
@@ -140,6 +154,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         generate_from_run(
             arguments.run_directory,
             arguments.checkpoint,
+            arguments.dataset,
             arguments.device,
             prompt=arguments.prompt,
             new_tokens=arguments.tokens,

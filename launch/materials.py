@@ -47,4 +47,5 @@ def open_materials(config: RunConfig, dataset_directory: Path) -> Materials:
     task = build_task(
         config.task, token_bytes=None if tokenizer is None else tokenizer.token_bytes(), classes=facts.classes
     )
+    task.example(shape, 1)  # a task of another kind of data says so, before a run is begun
     return Materials(training, validation, tokenizer, shape, task, lambda: build_model(config.model, shape))

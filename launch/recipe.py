@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from launch.config import RunConfig
 from models.config import model_config_class
+from models.user_code import require_package
 
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"
 _NUMBER_LIKE = re.compile(r"[-+.\d][-+.\d_eE]*|true|false|null", re.IGNORECASE)
@@ -74,7 +75,11 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise ValueError(f"recipe {path}: must hold sections (model:, data:, ...), not {type(mapping).__name__}")
     for override in overrides:
         _apply_override(mapping, override)
-    return parse_recipe(mapping, source=f"recipe {path.stem if path.parent == SHIPPED_RECIPES else path}")
+    config = parse_recipe(mapping, source=f"recipe {path.stem if path.parent == SHIPPED_RECIPES else path}")
+    for key, kind in (("model.kind", config.model.kind), ("task.kind", config.task.kind)):
+        if ":" in kind:
+            require_package(kind, key)
+    return config
 
 
 def find_recipe(recipe: str) -> Path:

@@ -62,7 +62,7 @@ def build_report(run_directories: list[Path], output: Path | None = None) -> Pat
     try:
         output.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"report {output}: cannot be written ({error.strerror}); choose another --output") from error
+        raise ValueError(f"report {output}: cannot be written ({error.strerror}); choose another --out") from error
     return output
 
 

@@ -22,7 +22,7 @@ SUPERVISOR_PIPE = "LOCKSTEP_SUPERVISOR_PIPE"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one worker and returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m launch.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m launch.train", allow_abbrev=False, description=__doc__)
     add_training_arguments(parser)
     arguments = parse_with_overrides(parser, argv)
     rank = os.environ.get("RANK", "0")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
-from data.prepare import prepare
+from data.plan import Plan
 from data.stream import evaluation_batches
 from distrib.checkpoint import Checkpoint, load_tensors, open_checkpoint, read_newest_good
 from distrib.initialisation import make_initialised_model
@@ -34,8 +36,9 @@ class TrainedModel:
     world: World
 
 
-def load_trained(run_directory: Path, checkpoint: Path | None, device: str) -> TrainedModel:
-    """The model of a run: its newest good checkpoint, or the one that is named. Raises ValueError in one line."""
+def load_trained(run_directory: Path, checkpoint: Path | None, dataset: Path | None, device: str) -> TrainedModel:
+    """The model of a run: its newest good checkpoint, or the one that is named, with the dataset that it was trained on,
+    where the run left it or at `dataset`. Raises ValueError in one line."""
     recipe = run_directory / "recipe.yaml"
     if not recipe.is_file():
         raise ValueError(
@@ -43,16 +46,21 @@ def load_trained(run_directory: Path, checkpoint: Path | None, device: str) -> T
         )
     config = parse_recipe(parse_yaml(recipe.read_text(), f"recipe {recipe}"), source=f"recipe {recipe}")
     world = single_process_world(device)
-    found = _find_checkpoint(run_directory, checkpoint, world)
-    materials = open_materials(config, prepare(config.data))
+    materials = open_materials(config, _dataset_directory(run_directory, dataset))
     module = make_initialised_model(materials.make_model, config.run.seed, world.device)
-    load_tensors(found, model_tensors(module), world)
+    found = _load_checkpoint(run_directory, checkpoint, module, world)
+    trained_on = Plan.from_json(json.dumps(found.scalars["plan"])).segments[-1].fingerprints
+    if materials.training.fingerprint not in trained_on:
+        raise ValueError(
+            f"{materials.training.directory}: not the dataset that {found.path} was trained on (it is "
+            f"{materials.training.fingerprint[:12]}, that was {trained_on[0][:12]}); name that one with --dataset"
+        )
     return TrainedModel(config, materials, module.eval(), found, world)
 
 
-def evaluate_run(run_directory: Path, checkpoint: Path | None, device: str) -> str:
+def evaluate_run(run_directory: Path, checkpoint: Path | None, dataset: Path | None, device: str) -> str:
     """Metrics over the whole validation split, as a line."""
-    trained = load_trained(run_directory, checkpoint, device)
+    trained = load_trained(run_directory, checkpoint, dataset, device)
     sums: dict[str, torch.Tensor] = {}
     task, micro_samples = trained.materials.task, trained.config.batch.micro_samples
     batches = evaluation_batches(
@@ -69,6 +77,7 @@ def evaluate_run(run_directory: Path, checkpoint: Path | None, device: str) -> s
 def generate_from_run(
     run_directory: Path,
     checkpoint: Path | None,
+    dataset: Path | None,
     device: str,
     *,
     prompt: str | None,
@@ -78,7 +87,7 @@ def generate_from_run(
     seed: int,
 ) -> str:
     """The prompt and its continuation by the run's language model."""
-    trained = load_trained(run_directory, checkpoint, device)
+    trained = load_trained(run_directory, checkpoint, dataset, device)
     tokenizer, context_tokens = trained.materials.tokenizer, trained.materials.shape.sequence_tokens
     if tokenizer is None or context_tokens is None:
         raise ValueError(f"{run_directory}: its model is no language model; use `lockstep evaluate`")
@@ -95,9 +104,32 @@ def generate_from_run(
     return tokenizer.decode(tokens)
 
 
-def _find_checkpoint(run_directory: Path, checkpoint: Path | None, world: World) -> Checkpoint:
-    if checkpoint is not None:
-        return open_checkpoint(checkpoint, world)
+def _dataset_directory(run_directory: Path, dataset: Path | None) -> Path:
+    """Where the dataset of a run lies. It is never prepared anew: its source may have changed since."""
+    identity = run_directory / "run.json"
+    recorded = json.loads(identity.read_text()).get("dataset") if identity.is_file() else None
+    directory = dataset or (Path(recorded["directory"]) if recorded else None)
+    if directory is None:
+        raise ValueError(f"{run_directory}: does not say which dataset it was trained on; name it with --dataset")
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: the dataset of {run_directory} is not there; name its place with --dataset")
+    return directory
+
+
+def _load_checkpoint(run_directory: Path, checkpoint: Path | None, module: nn.Module, world: World) -> Checkpoint:
+    """Reads the weights; looks for a newer checkpoint where a live run retires the one that is being read."""
+    while True:
+        found = open_checkpoint(checkpoint, world) if checkpoint else _find_newest(run_directory, world)
+        try:
+            load_tensors(found, model_tensors(module), world)
+        except (OSError, CheckpointException):
+            if checkpoint or found.path.exists():
+                raise
+        else:
+            return found
+
+
+def _find_newest(run_directory: Path, world: World) -> Checkpoint:
     found, passed_over = read_newest_good(run_directory / "checkpoints", world)
     if found is None and not passed_over and not corrupt_checkpoints(run_directory / "checkpoints"):
         raise ValueError(f"{run_directory}: no checkpoint was saved yet; train it further")

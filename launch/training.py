@@ -186,6 +186,8 @@ def _begin(attempt: Attempt) -> None:
     devices = world.gather_objects(_device_name(world.device))
 
     def put_on_record() -> None:
+        dataset = attempt.materials.training
+        run.identity["dataset"] = {"directory": str(dataset.directory.resolve()), "fingerprint": dataset.fingerprint}
         write_durably(run.path / "recipe.yaml", dump_recipe(config).encode())
         run.write_json("environment.json", describe_environment(devices, world.size))
         begin_attempt(
@@ -255,7 +257,8 @@ def _train(attempt: Attempt) -> None:
     if ledger.step == config.run.steps:
         if attempt.evaluated_step != ledger.step:
             attempt.evaluate()
-        tell_summary(attempt)
+        if attempt.save_failure is None:
+            tell_summary(attempt)
 
 
 def _example_micro_batch(attempt: Attempt) -> Any:

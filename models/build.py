@@ -9,7 +9,7 @@ from models.convnet import ConvNet
 from models.lenet import LeNet
 from models.resnet import ResNet
 from models.transformer import Transformer
-from models.user_code import check_methods, load_function
+from models.user_code import call_function, check_methods, load_function
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _build_transformer(config: TransformerConfig, shape: InputShape) -> nn.Modul
 
 
 def _build_custom(config: CustomModelConfig, shape: InputShape) -> nn.Module:
-    model = load_function(config.kind, "model.kind")(shape, **config.options)
+    model = call_function(load_function(config.kind, "model.kind"), config.kind, "model", shape, **config.options)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model.kind {config.kind}: returned a {type(model).__name__}, not a torch.nn.Module")
     methods = ("blocks", "initialise_parameter", "initialise_buffers")

@@ -205,6 +205,8 @@ class CustomModelConfig(_Section):
 
 
 def _check_groups(norm: str, groups: int, widths: tuple[int, ...]) -> None:
+    if norm != "group" and groups != ResNetConfig.model_fields["groups"].default:
+        raise ValueError(f"groups {groups} means nothing to norm: {norm}; remove it")
     for width in widths:
         if norm == "group" and width % groups:
             raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.build import InputShape
 from models.config import TaskConfig
 from models.metrics import accuracy, bits_per_byte, macro_precision_recall, perplexity
-from models.user_code import check_methods, load_function
+from models.user_code import call_function, check_methods, load_function
 
 IGNORED_TARGET = -100
 """Target of a position that takes no part in the loss (cross_entropy's default)."""
@@ -75,7 +75,7 @@ def build_task(
             label_smoothing=config.label_smoothing,
         )
     build = load_function(config.kind, "task.kind")
-    task: Task = build(token_bytes=token_bytes, classes=classes, **config.options)
+    task: Task = call_function(build, config.kind, "task", token_bytes=token_bytes, classes=classes, **config.options)
     methods = ("items", "loss", "evaluate", "summarise", "example")
     check_methods(task, methods, config.kind, "task.kind", "models/tasks.py")
     return task

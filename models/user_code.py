@@ -1,6 +1,8 @@
 """A user's own model or task: a function named in the recipe as `package.module:function`."""
 
 import importlib
+import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,22 @@ def load_function(address: str, key: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"{key} {address}: {module.__name__} has no function {function_name!r}; define it there")
     return function
+
+
+def require_package(address: str, key: str) -> None:
+    """ValueError, as `load_function` would raise, where the package is not there at all. Imports nothing."""
+    package = address.partition(":")[0].partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{key} {address}: no module named {package!r}; install it or put its folder on PYTHONPATH")
+
+
+def call_function(function: Callable[..., Any], address: str, key: str, *given: Any, **options: Any) -> Any:
+    """Calls a user's function; ValueError where it takes other arguments than these, `key` being its recipe section."""
+    try:
+        inspect.signature(function).bind(*given, **options)
+    except TypeError as error:
+        raise ValueError(f"{key}.kind {address}: {error}; correct {key}.options or the function") from None
+    return function(*given, **options)
 
 
 def check_methods(thing: object, methods: tuple[str, ...], address: str, key: str, reference: str) -> None:

@@ -67,6 +67,17 @@ def test_text_from_a_folder_a_pattern_and_a_file(tmp_path: Path) -> None:
         prepared(tmp_path, f"text:{folder}/part0/00.txt", directory=tmp_path / "one-file")
 
 
+def test_one_large_file_is_cut_at_line_ends_so_that_a_part_can_be_held_out(tmp_path: Path) -> None:
+    text = "\r\n".join(lorem(number) for number in range(400)) + "\nthe end, Grüße"
+    (tmp_path / "input.txt").write_bytes(text.encode())
+    source = f"text:{tmp_path}/input.txt"
+    directory = prepared(tmp_path, source)
+    parts = sorted(stored_texts(directory), key=text.index)
+    assert "".join(parts) == text
+    assert all(part.endswith("\n") and len(part) >= 4096 for part in parts[:-1])
+    assert all(split.documents > 1 for split in read_manifest(directory).splits.values())
+
+
 def test_line_ends_and_unicode_are_kept(tmp_path: Path) -> None:
     texts = ["a\r\nb\rc\n", "Grüße, 世界 🌍", "\ufeffmark", "x\0y"]
     for number, text in enumerate(texts * 4):

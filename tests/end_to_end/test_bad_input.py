@@ -65,7 +65,8 @@ def test_a_source_that_cannot_be_prepared(source: str, parts: list[str], recipe:
     (tmp_path / "binary").mkdir()
     (tmp_path / "binary" / "text.txt").write_bytes(b"a\xff")
     (tmp_path / "broken.jsonl").write_text('{"text": "good"}\n{"text": \n')
-    ended = lockstep("train", recipe, f"data.source={source}", "data.directory=made", "run.directory=run", cwd=tmp_path)
+    overrides = [f"data.source={source}", "data.directory=made", "run.directory=run", "data.sequence_tokens=256"]
+    ended = lockstep("train", recipe, *overrides, cwd=tmp_path)
     ended.failed_with(2, *parts)
     assert not (tmp_path / "made").exists()
     assert not (tmp_path / "run").exists()
@@ -126,6 +127,7 @@ def test_a_dataset_of_a_newer_version_is_left_alone(
         (["model.vocabulary_size=100"], ["model.vocabulary_size 100 is smaller than the data's 257"]),
         (["data.sequence_tokens=100000"], ["data.sequence_tokens 100000 is longer than the train data"]),
         (["model.context_tokens=32"], ["model.context_tokens 32 is shorter than data.sequence_tokens 64"]),
+        (["task.kind=classification"], ["task.kind classification needs labelled data"]),
         (["model={kind: lenet5}"], ["override 'model={kind: lenet5}'"]),
     ],
 )
@@ -135,6 +137,12 @@ def test_a_model_that_does_not_fit_the_data(
     ended = warm.worker(recipe, *overrides, "run.directory=run", cwd=tmp_path)
     ended.failed_with(2, *parts)
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_task_that_does_not_fit_the_data(warm: WarmProcess, tmp_path: Path) -> None:
+    arguments = ["lenet-digits", "task.kind=language_modelling", "run.directory=run"]
+    warm.worker(*arguments, cwd=tmp_path).failed_with(2, "task.kind language_modelling needs text")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_place_that_cannot_be_written(warm: WarmProcess, recipe: Path, tmp_path: Path) -> None:

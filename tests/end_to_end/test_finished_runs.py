@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launch.attempt import format_metrics
 from launch.tracking.metrics_file import read_metrics
-from tests.end_to_end.runs import WORDS, WarmProcess, checkpoints
+from tests.end_to_end.runs import (
+    LOCKSTEP,
+    WORDS,
+    WarmProcess,
+    checkpoints,
+    lockstep,
+    started,
+    wait_for_step,
+    write_corpus,
+    write_recipe,
+)
 
 
 @pytest.mark.parametrize("which", ["learned_gpt", "learned_lenet"])
@@ -44,6 +56,42 @@ def test_evaluate_passes_over_a_damaged_checkpoint_and_says_so(
     assert f"passed over a checkpoint: lenet/checkpoints/{last}/state.json: " in shown.err
     (run / "checkpoints" / first / "state.json").write_text("{}")
     warm.lockstep("evaluate", "lenet", cwd=tmp_path).failed_with(78, "lenet: no good checkpoint", "state.json")
+
+
+def test_the_dataset_of_a_run_is_the_one_it_was_trained_on(
+    warm: WarmProcess, recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Whatever has become of its source, and wherever the command is given."""
+    texts, elsewhere = write_corpus(tmp_path / "texts"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    values = recipe_values(run={"steps": 2})
+    values["data"] |= {"source": "text:texts", "directory": None}
+    recipe = write_recipe(tmp_path / "own.yaml", values)
+    warm.worker(recipe, "run.directory=run", cwd=tmp_path).succeeded()
+    before = warm.lockstep("evaluate", tmp_path / "run", cwd=tmp_path).succeeded()
+    (texts / "one-more.txt").write_text("the dogs ran " * 500)
+    assert warm.lockstep("evaluate", tmp_path / "run", cwd=elsewhere).succeeded().out == before.out
+    assert not list(elsewhere.iterdir())
+
+    warm.lockstep("prepare", "text:texts", "--out", "other", cwd=tmp_path).succeeded()
+    for command in ("evaluate", "generate"):
+        refused = warm.lockstep(command, "run", "--dataset", "other", cwd=tmp_path)
+        refused.failed_with(2, "other: not the dataset that run/checkpoints/step-00000002 was trained on", "--dataset")
+    (there,) = (tmp_path / "prepared").rename(tmp_path / "moved").glob("text*")
+    warm.lockstep("evaluate", "run", cwd=tmp_path).failed_with(2, "the dataset of run is not there", "--dataset")
+    assert warm.lockstep("evaluate", "run", "--dataset", there, cwd=tmp_path).succeeded().out == before.out.replace(
+        f"{tmp_path}/", ""
+    )
+
+
+def test_a_run_can_be_evaluated_while_it_trains(recipe: Path, tmp_path: Path) -> None:
+    """It saves every step, and deletes what is being read."""
+    arguments = ["train", recipe, "run.directory=run", "run.steps=100000", "checkpoint.every_steps=1", "--workers", 1]
+    with started(LOCKSTEP, *arguments, cwd=tmp_path) as process:
+        wait_for_step(tmp_path / "run", 3, None, process)
+        for _ in range(3):
+            assert "loss" in lockstep("evaluate", "run", cwd=tmp_path).succeeded().out
+        assert process.poll() is None
 
 
 def test_generate_is_a_function_of_its_seed(warm: WarmProcess, learned_gpt: Path) -> None:

@@ -9,9 +9,19 @@ from typing import Any
 
 import pytest
 
+from launch.attempt import format_metrics
 from launch.recipe import SHIPPED_RECIPES
 from launch.tracking.metrics_file import read_metrics
-from tests.end_to_end.runs import WarmProcess, checkpoints, environment, history, lockstep, write_recipe
+from tests.end_to_end.runs import (
+    WarmProcess,
+    checkpoints,
+    environment,
+    final_bytes,
+    history,
+    lockstep,
+    losses,
+    write_recipe,
+)
 from tests.end_to_end.user_models import write_user_package
 
 QUIET = ["tracking.wandb=off", "tracking.tensorboard=false", "run.steps=3", "schedule.warmup_steps=1"]
@@ -83,11 +93,46 @@ def test_a_users_own_model_trains_and_resumes(
     assert names["model.embedding.weight"]["shape"] == [257, 24]
 
 
+def test_a_model_with_a_parameter_that_no_loss_depends_on_is_the_same_at_every_world(
+    recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "own.yaml", own_recipe(recipe_values, "build_with_unused"))
+    env = environment(PYTHONPATH=str(write_user_package(tmp_path / "mine")))
+    for workers in (1, 2):
+        arguments = ["train", recipe, f"run.directory=world-{workers}", "--workers", workers]
+        lockstep(*arguments, cwd=tmp_path, env=env).succeeded()
+    one, two = (losses(tmp_path / f"world-{workers}") for workers in (1, 2))
+    assert two == pytest.approx(one, rel=2e-6)
+
+
+def test_running_statistics_that_are_saved_are_those_that_were_evaluated(
+    recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Each worker sees other samples, and with 11 samples over 2 workers, 3 at a time, one of them runs a filler."""
+    values = own_recipe(recipe_values, "build_with_batch_norm")
+    values["batch"] = {"global_samples": 11, "micro_samples": 3}
+    values["evaluation"] = {"every_steps": 3}
+    recipe = write_recipe(tmp_path / "own.yaml", values)
+    env = environment(PYTHONPATH=str(write_user_package(tmp_path / "mine")))
+    keywords: dict[str, Any] = {"cwd": tmp_path, "env": env}
+    lockstep("train", recipe, "run.directory=straight", "--workers", 2, **keywords).succeeded()
+    last = read_metrics(tmp_path / "straight")[1][-1]
+    shown = lockstep("evaluate", "straight", **keywords).succeeded()
+    assert f": {format_metrics(last['evaluation'])}" in shown.out
+
+    checkpoint = tmp_path / "straight" / "checkpoints" / "step-00000003"
+    lockstep("train", recipe, "run.directory=fork", "--resume", checkpoint, "--workers", 2, **keywords).succeeded()
+    assert read_metrics(tmp_path / "fork")[1][-1]["evaluation"] == last["evaluation"]
+    assert final_bytes(tmp_path / "fork") == final_bytes(tmp_path / "straight")
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "parts"),
     [
         ("own_package.missing:build", {}, ["no module named 'own_package.missing'", "PYTHONPATH"]),
         ("own_package.models_of_mine:missing", {}, ["has no function 'missing'"]),
+        ("own_package.models_of_mine:build", {"widht": 3}, ["unexpected keyword argument 'widht'", "model.options"]),
+        ("no_such_package.models:build", {}, ["no module named 'no_such_package'", "PYTHONPATH"]),
     ],
 )
 def test_a_users_model_that_is_not_there(

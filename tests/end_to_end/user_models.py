@@ -66,12 +66,39 @@ class Broken(Plain):
         return super().forward(tokens).no_such_thing
 
 
+class WithUnused(Plain):
+    """Has a parameter that no loss depends on."""
+
+    def __init__(self, vocabulary_size, width):
+        super().__init__(vocabulary_size, width)
+        self.unused = nn.Linear(width, width)
+
+
+class WithBatchNorm(Plain):
+    """Keeps running statistics."""
+
+    def __init__(self, vocabulary_size, width):
+        super().__init__(vocabulary_size, width)
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, tokens):
+        return self.output(self.norm(self.embedding(tokens).transpose(1, 2)).transpose(1, 2))
+
+
 def build(shape, width=16):
     return Plain(shape.vocabulary_size, width)
 
 
 def build_with_methods(shape, width=16):
     return WithMethods(shape.vocabulary_size, width)
+
+
+def build_with_unused(shape, width=16):
+    return WithUnused(shape.vocabulary_size, width)
+
+
+def build_with_batch_norm(shape, width=16):
+    return WithBatchNorm(shape.vocabulary_size, width)
 
 
 def build_hungry(shape):

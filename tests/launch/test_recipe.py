@@ -108,6 +108,23 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "micro-batch above the global one": (GOOD, ["batch.micro_samples=9"], ["micro_samples 9", "global_samples 8"]),
     "warm-up longer than the run": (GOOD, ["schedule.warmup_steps=11"], ["warmup_steps 11", "run.steps 10"]),
     "option of the other optimizer": (GOOD, ["optimizer.momentum=0.5"], ["momentum", "optimizer.kind=adamw"]),
+    "end of a schedule that has none": (
+        GOOD, ["schedule.kind=constant", "schedule.final_fraction=0.5"], ["final_fraction", "schedule.kind=constant"],
+    ),
+    "size of images that are text": (GOOD, ["data.image_size_pixels=8"], ["image_size_pixels", "data.source=", "text"]),
+    "tokens of images": (
+        GOOD, ["data.source=digits", "data.sequence_tokens=8"], ["sequence_tokens", "data.source=digits", "images"],
+    ),
+    "groups of a norm without": (
+        "run: {name: a, steps: 1}\nmodel: {kind: resnet, layers: 20, norm: batch, groups: 4}\n"
+        "task: {kind: classification}\nbatch: {global_samples: 1, micro_samples: 1}",
+        [], ["groups 4", "norm: batch"],
+    ),
+    "a model of nobody": (
+        "run: {name: a, steps: 1}\nmodel: {kind: nowhere_at_all.models:build}\ntask: {kind: classification}\n"
+        "batch: {global_samples: 1, micro_samples: 1}",
+        [], ["model.kind", "'nowhere_at_all'", "PYTHONPATH"],
+    ),
     "samples of text from a classifier": (
         "run: {name: a, steps: 1}\nmodel: {kind: lenet5}\ntask: {kind: classification}\n"
         "batch: {global_samples: 1, micro_samples: 1}\nevaluation: {generated_tokens: 5}",
