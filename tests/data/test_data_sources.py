@@ -146,14 +146,14 @@ def test_images_of_many_shapes_need_a_size_and_are_resized_to_it(tmp_path: Path)
     directory = prepared(tmp_path, f"images:{source}")
     with pytest.raises(ValueError, match=r"set data\.image_size_pixels"):
         open_dataset(directory, DataConfig(), "train")
-    config = DataConfig(image_size_pixels=5, image_channels=1)
+    config = DataConfig(source=f"images:{source}", image_size_pixels=5, image_channels=1)
     fields, _ = open_dataset(directory, config, "train").gather(np.array([3, 0, 3]))
     assert fields["images"].shape == (3, 1, 5, 5)
     assert np.array_equal(fields["images"][0], fields["images"][2])
     Image.new("L", (10, 6)).save(source / "cat" / "grey.png")
     mixed = prepared(tmp_path, f"images:{source}", directory=tmp_path / "mixed")
     with pytest.raises(ValueError, match=r"set data\.image_channels"):
-        open_dataset(mixed, DataConfig(image_size_pixels=5), "train")
+        open_dataset(mixed, DataConfig(source=f"images:{source}", image_size_pixels=5), "train")
 
 
 HUGGING_FACE = """
