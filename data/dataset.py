@@ -179,10 +179,7 @@ class ImageDataset:
 
 def _hash_rows(rows: npt.NDArray[np.void]) -> Hashes:
     """The xxh3-64 of each of the rows (n,)."""
-    size = rows.itemsize
-    with rows.view(np.uint8).data as view:
-        digests = [xxhash.xxh3_64_digest(view[at : at + size]) for at in range(0, len(view), size)]
-    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, rows.tolist()), np.uint64, len(rows))
 
 
 def _check_range(sample_ids: SampleIds, samples: int) -> None:
