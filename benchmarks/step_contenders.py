@@ -197,7 +197,7 @@ def _run_lockstep(job: Job, config: RunConfig, materials: Materials, world: Worl
     )
     plan = Plan.of([segment])
     engine = NativeEngine(
-        lambda: make_initialised_model(materials.make_model, config.run.seed, world.device),
+        materials.make_model,
         materials.task.loss,
         world=world,
         optimizer=config.optimizer,

@@ -22,12 +22,12 @@ class Capabilities:
 
 ENGINES: dict[str, Capabilities] = {
     "native": Capabilities(
-        zero_stages=frozenset({0}),
+        zero_stages=frozenset({0, 2, 3}),
         precisions=frozenset({"fp32", "bf16"}),
         activation_checkpointing=frozenset({"none"}),
         offload=frozenset({"none"}),
         compile=False,
-        hybrid=False,
+        hybrid=True,
     ),
 }
 
@@ -42,7 +42,7 @@ _OPTIONS: tuple[tuple[str, Callable[[ParallelConfig], object], Callable[[Capabil
     ),
     ("offload", lambda p: p.offload, lambda c, p: p.offload in c.offload),
     ("compile", lambda p: str(p.compile).lower(), lambda c, p: c.compile or not p.compile),
-    ("replicas", lambda p: p.replicas, lambda c, p: c.hybrid or p.replicas is None),
+    ("replicas", lambda p: p.replicas, lambda c, p: p.replicas is None or (c.hybrid and p.zero_stage >= 2)),
 )
 
 
@@ -60,3 +60,15 @@ def refuse_unsupported(parallel: ParallelConfig) -> None:
             raise ValueError(
                 f"parallel.{key}={asked(parallel)} is not supported by parallel.engine={parallel.engine}; {way_out}"
             )
+
+
+def count_shards(parallel: ParallelConfig, size: int) -> int:
+    """Over how many of `size` ranks a copy of the model is spread. Raises ValueError where the copies do not come out even."""
+    if parallel.zero_stage < 2:
+        return 1
+    replicas = parallel.replicas or 1
+    if size % replicas:
+        raise ValueError(
+            f"parallel.replicas={replicas}: does not divide the {size} workers; choose a divisor of {size}"
+        )
+    return size // replicas

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from distrib.keys import key64
 
@@ -25,6 +27,36 @@ def make_initialised_model(make_model: Callable[[], nn.Module], seed: int, devic
         _initialise_by_name(model, seed)
         return model
     return _build_and_reset(make_model, seed).to(device)
+
+
+def make_sharded_model(
+    make_model: Callable[[], nn.Module], seed: int, device: torch.device, shard: Callable[[nn.Module], None]
+) -> nn.Module:
+    """The same model with the same initial values, spread over ranks by `shard`, which makes its parameters DTensors.
+
+    A model that is initialised by name never exists as a whole on any rank: one parameter at a time is drawn, and this
+    rank's part of it kept.
+    """
+    if not _initialises_by_name(make_model):
+        model = _build_and_reset(make_model, seed).to(device)
+        shard(model)
+        return model
+    with torch.device("meta"):
+        model = make_model()
+    shard(model)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor)
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            cast(Any, model).initialise_parameter(name, whole, parameter_generator(seed, name, parameter.shape))
+            shape, offsets = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            part = tuple(slice(start, start + size) for start, size in zip(offsets, shape, strict=True))
+            parameter.to_local().copy_(whole[part])
+        cast(Any, model).initialise_buffers()
+    return model
 
 
 def _initialises_by_name(make_model: Callable[[], nn.Module]) -> bool:

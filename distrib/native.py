@@ -1,4 +1,4 @@
-"""The native engine: plain PyTorch at world 1, replicated parameters (DDP) over more ranks."""
+"""The native engine: plain PyTorch at world 1, replicated (DDP) or sharded (FSDP2) parameters over more ranks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distrib.config import OptimizerConfig, ScheduleConfig
 from distrib.engine import CanonicalState, EvaluationFunction, LossFunction, MicroBatch, StepResult
+from distrib.initialisation import make_initialised_model, make_sharded_model
 from distrib.keys import key64
 from distrib.model_state import model_tensors
-from distrib.optimizer import make_optimizer, optimizer_tensors, set_updates_done, updates_done
+from distrib.optimizer import make_optimizer, set_updates_done, state_tensors, updates_done
 from distrib.schedule import learning_rate
+from distrib.sharding import like, local, settle, shard
 from distrib.world import World
 
 
 class NativeEngine:
-    """An `Engine` whose every rank holds the whole model and optimizer, and averages nothing but sums gradients."""
+    """An `Engine` over plain PyTorch: at ZeRO stage 0 every rank holds the whole model, at stages 2 and 3 a shard of it.
+
+    The optimizer always works on this rank's plain tensors: its kernels are the same, and as fast, with and without
+    sharding.
+    """
 
     def __init__(
         self,
@@ -35,6 +41,7 @@ class NativeEngine:
         steps: int,
         seed: int,
         precision: str,
+        zero_stage: int = 0,
     ) -> None:
         self.world = world
         self._loss = loss
@@ -44,12 +51,22 @@ class NativeEngine:
         self._steps = steps
         self._seed = seed
         self._autocast_dtype = torch.bfloat16 if precision == "bf16" else None
-        self._module = make_model()
+        self._sharded = zero_stage > 0 and world.size > 1
+        if self._sharded:
+            self._module = make_sharded_model(
+                make_model, seed, world.device, lambda module: shard(module, world, zero_stage)
+            )
+            settle(self._module)
+        else:
+            self._module = make_initialised_model(make_model, seed, world.device)
         self._parameters = [p for p in self._module.parameters() if p.requires_grad]
         self._replicated: nn.Module = self._module
-        if world.size > 1:
+        if world.size > 1 and not self._sharded:
             self._replicated = _replicate(self._module, world)
-        self._optimizer = make_optimizer(optimizer, self._module.named_parameters())
+        self._local = self._parameters
+        if self._sharded:
+            self._local = [nn.Parameter(local(parameter.detach())) for parameter in self._parameters]
+        self._optimizer = make_optimizer(optimizer, self._local)
         self._optimizer_kind = optimizer.kind
         self.steps_done = 0
 
@@ -59,12 +76,12 @@ class NativeEngine:
 
     def dry_run(self, micro_batch: MicroBatch) -> None:
         buffers = [buffer.clone() for buffer in self._module.buffers()]
-        if self.world.size > 1:
+        if isinstance(self._replicated, DistributedDataParallel):
             self._find_unused(micro_batch)
         # DDP lays its buckets out anew after the first backward of an attempt, which changes the order of summation: that
         # must happen here, or a resumed run would not repeat the bytes.
         self._forward_backward(micro_batch, scale=0.0)
-        self._optimizer.zero_grad()
+        self._module.zero_grad()
         with torch.no_grad():
             for buffer, before in zip(self._module.buffers(), buffers, strict=True):
                 buffer.copy_(before)
@@ -75,7 +92,7 @@ class NativeEngine:
             self._forward_backward(micro_batch, scale=0.0)
         if any(parameter.grad is None for parameter in self._parameters):
             self._replicated = _replicate(self._module, self.world, find_unused_parameters=True)
-        self._optimizer.zero_grad()
+        self._module.zero_grad()
 
     def step(self, micro_batches: Sequence[MicroBatch], items: int) -> StepResult:
         # The sum of losses over the global batch, divided by its items (law 2): DDP averages over ranks, so multiply by
@@ -113,10 +130,11 @@ class NativeEngine:
 
     def canonical_state(self) -> CanonicalState:
         self._share_buffers()
-        named = list(self._module.named_parameters())
         tensors = model_tensors(self._module)
-        optimizer = optimizer_tensors(self._optimizer, named)
-        tensors.update({f"optimizer.{name}": tensor for name, tensor in optimizer.items()})
+        trained = [(name, p) for name, p in self._module.named_parameters() if p.requires_grad]
+        for (name, parameter), part in zip(trained, self._local, strict=True):
+            for state, tensor in state_tensors(self._optimizer, part).items():
+                tensors[f"optimizer.{state}.{name}"] = like(tensor, parameter)
         scalars = {
             "steps_done": self.steps_done,
             "optimizer_kind": self._optimizer_kind,
@@ -142,10 +160,18 @@ class NativeEngine:
 
     def _clip(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Clips to the global norm; returns (norm before clipping, 1.0 if it is not finite), both on the device."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if self._sharded:
+            for parameter, part in zip(self._parameters, self._local, strict=True):
+                part.grad = None if parameter.grad is None else local(parameter.grad)
+        gradients = [p.grad for p in self._local if p.grad is not None]
         # What get_total_norm and clip_grads_with_norm_ of torch.nn.utils compute, without their sorting by device and
         # dtype, which on a CPU takes longer than the norms of a small model.
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if self._sharded:
+            assert self.world.mesh is not None
+            squared = norm.square()
+            dist.all_reduce(squared, group=self.world.mesh.get_group("shard"))
+            norm = squared.sqrt()
         if self._clip_norm is not None:
             torch._foreach_mul_(gradients, (self._clip_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm, torch.isfinite(norm).logical_not().float()
@@ -156,7 +182,10 @@ class NativeEngine:
         # The fused kernels leave weights, state and update count alone where `found_inf` is 1: a skip without a host sync.
         self._optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self._optimizer.step()
-        for parameter in self._parameters:  # as zero_grad does, without its sorting and its entry in a profile
+        for parameter in (
+            *self._parameters,
+            *self._local,
+        ):  # as zero_grad does, without its sorting and its entry in a profile
             parameter.grad = None
 
     def _share_buffers(self) -> None:
@@ -181,7 +210,8 @@ class NativeEngine:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._autocast_dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.world.device.type, dtype=self._autocast_dtype)
+        # Its cache would keep a copy of every weight that sharding frees after use.
+        return torch.autocast(self.world.device.type, dtype=self._autocast_dtype, cache_enabled=not self._sharded)
 
     def _without_communication(self) -> contextlib.AbstractContextManager[Any]:
         if isinstance(self._replicated, DistributedDataParallel):

@@ -13,17 +13,14 @@ from distrib.config import OptimizerConfig
 STATE_TENSORS: dict[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
-def make_optimizer(
-    config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]
-) -> torch.optim.Optimizer:
+def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) or SGD, fused: tensors of two or
     more axes are decayed, the others (biases, norm weights) are not. The state of every parameter exists on return, so that
     running out of memory shows before the first step.
     """
     by_decay: dict[float, list[nn.Parameter]] = {}  # one group, and one kernel, where nothing is decayed
-    for _, parameter in named_parameters:
-        if parameter.requires_grad:
-            by_decay.setdefault(config.weight_decay if parameter.ndim >= 2 else 0.0, []).append(parameter)
+    for parameter in parameters:
+        by_decay.setdefault(config.weight_decay if parameter.ndim >= 2 else 0.0, []).append(parameter)
     groups = [{"params": parameters, "weight_decay": decay} for decay, parameters in by_decay.items()]
     optimizer: torch.optim.Optimizer
     if config.kind == "adamw":
@@ -48,16 +45,9 @@ def _materialise_state(optimizer: torch.optim.Optimizer, config: OptimizerConfig
                     state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]]
-) -> dict[str, torch.Tensor]:
-    """`{state}.{parameter name}` -> tensor, for every state tensor but the update count."""
-    return {
-        f"{state}.{name}": tensor
-        for name, parameter in named_parameters
-        for state, tensor in optimizer.state.get(parameter, {}).items()
-        if state != "step"
-    }
+def state_tensors(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the optimizer keeps for a parameter, but the update count."""
+    return {name: tensor for name, tensor in optimizer.state.get(parameter, {}).items() if name != "step"}
 
 
 def updates_done(optimizer: torch.optim.Optimizer) -> int:

@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from distrib.capabilities import count_shards
+from distrib.config import ParallelConfig
+
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -31,16 +34,23 @@ class World:
 
     @property
     def data_rank(self) -> int:
-        """Which part of the global batch this rank reads: its place on the mesh's data axes."""
-        return 0 if self.mesh is None else self.mesh.get_local_rank("replicate")
+        """Which part of the global batch this rank reads: its place on the mesh's data axes, which are both of them."""
+        if self.mesh is None:
+            return 0
+        return self.mesh.get_local_rank("replicate") * self.shards + self.mesh.get_local_rank("shard")
 
     @property
     def data_size(self) -> int:
-        return 1 if self.mesh is None else self.mesh.size(0)
+        return 1 if self.mesh is None else self.mesh.size()
 
     @property
     def data_group(self) -> Any | None:
-        return None if self.mesh is None else self.mesh.get_group("replicate")
+        return None if self.mesh is None else dist.group.WORLD
+
+    @property
+    def shards(self) -> int:
+        """Over how many ranks a copy of the model is spread."""
+        return 1 if self.mesh is None else self.mesh.size(1)
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
@@ -65,20 +75,22 @@ class World:
         return [int(value) for value in total.tolist()]
 
 
-def join_world(device_kind: str = "auto", timeout_seconds: float = 600.0) -> World:
+def join_world(device_kind: str = "auto", parallel: ParallelConfig | None = None) -> World:
     """Joins the run that the launcher's variables describe (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT);
     without any of them this process is the whole run. `device_kind`: auto, cpu or cuda.
 
     Raises ValueError for half-set variables and for a device that is not there, ConnectionError where the others cannot
     be reached within the timeout.
     """
+    parallel = parallel or ParallelConfig()
     rank, size, local_rank = _read_launcher_variables()
+    shards = count_shards(parallel, size)
     device = _choose_device(device_kind, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size == 1:
         return World(0, 1, 0, device, None, None, None)
-    timeout = timedelta(seconds=timeout_seconds)
+    timeout = timedelta(seconds=parallel.timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
@@ -87,13 +99,13 @@ def join_world(device_kind: str = "auto", timeout_seconds: float = 600.0) -> Wor
         raise ConnectionError(
             f"rank {rank} of {size} could not meet the others at {meeting_point}: {str(error).splitlines()[0]}"
         ) from None
-    return world_of_group(local_rank, device, timeout)
+    return world_of_group(local_rank, device, timeout, shards)
 
 
-def world_of_group(local_rank: int, device: torch.device, timeout: timedelta) -> World:
+def world_of_group(local_rank: int, device: torch.device, timeout: timedelta, shards: int = 1) -> World:
     """The world of the default process group, which must exist: its mesh and the groups that threads need for themselves."""
     size = dist.get_world_size()
-    mesh = init_device_mesh(device.type, (size, 1), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
     host_group = dist.new_group(backend="gloo", timeout=timeout)
     prefetch_group = dist.new_group(backend="gloo", timeout=timeout)
     return World(dist.get_rank(), size, local_rank, device, mesh, host_group, prefetch_group)

@@ -91,6 +91,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from distrib.capabilities import count_shards
     from launch.recipe import load_recipe
     from launch.run_directory import decide_resume
     from launch.supervisor import default_workers, supervise
@@ -104,6 +105,7 @@ def _train(arguments: argparse.Namespace) -> int:
     workers = arguments.workers if arguments.workers is not None else default_workers(config.run.device)
     if workers < 1:
         raise ValueError(f"--workers {workers}: must be at least 1")
+    count_shards(config.parallel, workers)
     from launch.preparing import prepare_and_tell  # takes NumPy and Arrow along: a bad recipe must not wait for them
 
     # Until there are workers to ask, a request to stop is answered as Ctrl-C is: preparing leaves nothing half-done.

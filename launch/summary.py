@@ -13,7 +13,10 @@ from models.generation import generate
 
 
 def tell_summary(attempt: Attempt) -> None:
-    """Prints the summary of a run that did all its steps. Rank 0 speaks; nobody else waits."""
+    """Prints the summary of a run that did all its steps. Rank 0 speaks; all ranks generate the sample, because the
+    model's weights may be spread over them."""
+    with_sample = attempt.config.evaluation.generated_tokens and attempt.materials.tokenizer is not None
+    sample = _sample_text(attempt) if with_sample else None
     if attempt.world.rank != 0:
         return
     path, lockstep = attempt.run.path, _command()
@@ -22,8 +25,9 @@ def tell_summary(attempt: Attempt) -> None:
         lines.append(f"evaluation before: {format_metrics(attempt.first_evaluation)}")
     if attempt.last_evaluation is not None:
         lines.append(f"evaluation after:  {format_metrics(attempt.last_evaluation)}")
-    if attempt.config.evaluation.generated_tokens and attempt.materials.tokenizer is not None:
-        lines += ["", "a sample of its text:", _sample_text(attempt)]
+    if sample is not None:
+        _keep_sample(attempt, sample)
+        lines += ["", "a sample of its text:", attempt.config.evaluation.prompt + sample]
     lines += [
         "",
         f"everything lies in {path}: {', '.join(sorted(p.name + '/' * p.is_dir() for p in path.iterdir()))}",
@@ -60,8 +64,10 @@ def _sample_text(attempt: Attempt) -> str:
         seed=attempt.config.run.seed,
         stop_token=tokenizer.end_of_document,
     )
-    text = tokenizer.decode(tokens[len(prompt) :])
-    line = json.dumps({"step": attempt.ledger.step, "prompt": evaluation.prompt, "text": text}, ensure_ascii=False)
+    return tokenizer.decode(tokens[len(prompt) :])
+
+
+def _keep_sample(attempt: Attempt, text: str) -> None:
+    record = {"step": attempt.ledger.step, "prompt": attempt.config.evaluation.prompt, "text": text}
     with (attempt.run.path / "samples.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-    return evaluation.prompt + text
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")

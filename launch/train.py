@@ -49,7 +49,7 @@ def run_worker(config: RunConfig, resume: Resume, *, allow_change: bool) -> int:
     from launch.training import run_attempt
 
     try:
-        world = join_world(config.run.device, config.parallel.timeout_seconds)
+        world = join_world(config.run.device, config.parallel)
     except ValueError as error:
         print(f"lockstep: error: {error}", file=sys.stderr)
         return USAGE

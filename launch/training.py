@@ -15,7 +15,6 @@ from data.plan import Plan, Segment
 from data.prepare import prepare
 from data.stream import Stream, evaluation_batches
 from distrib.checkpoint import Checkpoint, load_tensors, newest_good_checkpoint, open_checkpoint
-from distrib.initialisation import make_initialised_model
 from distrib.manifest import remove_temporaries, write_durably
 from distrib.native import NativeEngine
 from distrib.world import World
@@ -81,7 +80,7 @@ def _set_up(config: RunConfig, world: World, run: RunDirectory, materials: Mater
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
     engine = NativeEngine(
-        lambda: make_initialised_model(materials.make_model, config.run.seed, world.device),
+        materials.make_model,
         materials.task.loss,
         world=world,
         optimizer=config.optimizer,
@@ -89,6 +88,7 @@ def _set_up(config: RunConfig, world: World, run: RunDirectory, materials: Mater
         steps=config.run.steps,
         seed=config.run.seed,
         precision=config.parallel.precision,
+        zero_stage=config.parallel.zero_stage,
     )
     return Attempt(config, world, run, materials, engine, Plan.of([_segment(config, materials)]), Ledger(), stop)
 

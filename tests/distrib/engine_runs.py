@@ -72,9 +72,10 @@ def make_engine(
     engine_class: type[NativeEngine] = NativeEngine,
     model: TransformerConfig = MODEL,
     precision: str = "fp32",
+    zero_stage: int = 0,
 ) -> NativeEngine:
     return engine_class(
-        lambda: make_initialised_model(lambda: build_model(model, SHAPE), SEED, world.device),
+        lambda: build_model(model, SHAPE),
         TASK.loss,
         world=world,
         optimizer=optimizer,
@@ -82,6 +83,7 @@ def make_engine(
         steps=STEPS,
         seed=SEED,
         precision=precision,
+        zero_stage=zero_stage,
     )
 
 
@@ -102,8 +104,9 @@ def curve(
     engine_class: type[NativeEngine] = NativeEngine,
     model: TransformerConfig = MODEL,
     precision: str = "fp32",
+    zero_stage: int = 0,
 ) -> Curve:
-    engine = make_engine(world, optimizer, engine_class, model, precision)
+    engine = make_engine(world, optimizer, engine_class, model, precision, zero_stage)
     engine.dry_run(share_of(global_batch(0), 0, 0, 1, micro_samples)[0])
     return [take_step(engine, step, micro_samples) for step in range(STEPS)]
 

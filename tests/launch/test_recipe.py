@@ -135,7 +135,7 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "unknown task": (GOOD, ["task.kind=language_modeling"], ["language_modeling", "language_modelling"]),
     "unknown source": (GOOD, ["data.source=nowhere:x"], ["data.source", "nowhere:x", "stdlib, digits"]),
     "tokenizer too small": (GOOD, ["data.tokenizer=bpe:100"], ["bpe:100", "257"]),
-    "ZeRO stage that is not there": (GOOD, ["parallel.zero_stage=2"], ["parallel.zero_stage=2", "native"]),
+    "ZeRO stage that is not there": (GOOD, ["parallel.zero_stage=1"], ["parallel.zero_stage=1", "native"]),
     "no such ZeRO stage": (GOOD, ["parallel.zero_stage=7"], ["parallel.zero_stage=7", "0, 1, 2 or 3"]),
     "engine that is not there": (GOOD, ["parallel.engine=deepspeed"], ["parallel.engine=deepspeed", "native"]),
     "engine that nobody knows": (GOOD, ["parallel.engine=horovod"], ["parallel.engine=horovod", "native"]),

@@ -1,0 +1,54 @@
+"""ZeRO stages 2 and 3 by PyTorch's `fully_shard` (FSDP2): block by block, over the mesh's shard axis.
+
+Gradients are reduced after every micro-batch, so that they are never kept whole: memory is what a stage is chosen for.
+Without sharding they travel once a step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from distrib.world import World
+
+
+def shard(module: nn.Module, world: World, zero_stage: int) -> None:
+    """Makes the module's parameters DTensors, in place. Stage 3 frees a block's weights after its forward pass and gathers
+    them again for the backward; stage 2 keeps them in between. A module without `blocks()` is one unit."""
+    assert world.mesh is not None
+    mesh = world.mesh if world.mesh.size(0) > 1 else world.mesh["shard"]
+    blocks = cast(Any, module).blocks() if hasattr(module, "blocks") else []
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=zero_stage == 3)
+    fully_shard(module, mesh=mesh, reshard_after_forward=zero_stage == 3)
+
+
+def settle(module: nn.Module) -> None:
+    """Makes the storage of the local shards final: FSDP pads them once, when it first gathers."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.unshard()
+            part.reshard()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part, sharing storage."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The tensor of which every rank holds `part` as it holds its part of `parameter`."""
+    if not isinstance(parameter, DTensor):
+        return part
+    return DTensor.from_local(
+        part,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
