@@ -24,9 +24,9 @@ ENGINES: dict[str, Capabilities] = {
     "native": Capabilities(
         zero_stages=frozenset({0, 2, 3}),
         precisions=frozenset({"fp32", "bf16"}),
-        activation_checkpointing=frozenset({"none"}),
+        activation_checkpointing=frozenset({"none", "selective", "full"}),
         offload=frozenset({"none"}),
-        compile=False,
+        compile=True,
         hybrid=True,
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from distrib.blocks import prepare_blocks
 from distrib.config import OptimizerConfig, ScheduleConfig
 from distrib.engine import CanonicalState, EvaluationFunction, LossFunction, MicroBatch, StepResult
 from distrib.initialisation import make_initialised_model, make_sharded_model
@@ -42,6 +44,8 @@ class NativeEngine:
         seed: int,
         precision: str,
         zero_stage: int = 0,
+        activation_checkpointing: str = "none",
+        compile_blocks: bool = False,
     ) -> None:
         self.world = world
         self._loss = loss
@@ -52,13 +56,20 @@ class NativeEngine:
         self._seed = seed
         self._autocast_dtype = torch.bfloat16 if precision == "bf16" else None
         self._sharded = zero_stage > 0 and world.size > 1
+        prepare = functools.partial(
+            prepare_blocks, activation_checkpointing=activation_checkpointing, compile_blocks=compile_blocks
+        )
+
+        def prepare_and_shard(module: nn.Module) -> None:
+            prepare(module)
+            shard(module, world, zero_stage)
+
         if self._sharded:
-            self._module = make_sharded_model(
-                make_model, seed, world.device, lambda module: shard(module, world, zero_stage)
-            )
+            self._module = make_sharded_model(make_model, seed, world.device, prepare_and_shard)
             settle(self._module)
         else:
             self._module = make_initialised_model(make_model, seed, world.device)
+            prepare(self._module)
         self._parameters = [p for p in self._module.parameters() if p.requires_grad]
         self._replicated: nn.Module = self._module
         if world.size > 1 and not self._sharded:

@@ -6,13 +6,12 @@ Without sharding they travel once a step.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from distrib.blocks import blocks_of
 from distrib.world import World
 
 
@@ -21,10 +20,8 @@ def shard(module: nn.Module, world: World, zero_stage: int) -> None:
     them again for the backward; stage 2 keeps them in between. A module without `blocks()` is one unit."""
     assert world.mesh is not None
     mesh = world.mesh if world.mesh.size(0) > 1 else world.mesh["shard"]
-    blocks = cast(Any, module).blocks() if hasattr(module, "blocks") else []
-    for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=zero_stage == 3)
-    fully_shard(module, mesh=mesh, reshard_after_forward=zero_stage == 3)
+    for unit in {id(part): part for part in (*blocks_of(module), module)}.values():
+        fully_shard(unit, mesh=mesh, reshard_after_forward=zero_stage == 3)
 
 
 def settle(module: nn.Module) -> None:

@@ -89,6 +89,8 @@ def _set_up(config: RunConfig, world: World, run: RunDirectory, materials: Mater
         seed=config.run.seed,
         precision=config.parallel.precision,
         zero_stage=config.parallel.zero_stage,
+        activation_checkpointing=config.parallel.activation_checkpointing,
+        compile_blocks=config.parallel.compile,
     )
     return Attempt(config, world, run, materials, engine, Plan.of([_segment(config, materials)]), Ledger(), stop)
 

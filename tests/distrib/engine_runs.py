@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,6 +74,7 @@ def make_engine(
     model: TransformerConfig = MODEL,
     precision: str = "fp32",
     zero_stage: int = 0,
+    **blocks: Any,
 ) -> NativeEngine:
     return engine_class(
         lambda: build_model(model, SHAPE),
@@ -84,6 +86,7 @@ def make_engine(
         seed=SEED,
         precision=precision,
         zero_stage=zero_stage,
+        **blocks,
     )
 
 
@@ -105,8 +108,9 @@ def curve(
     model: TransformerConfig = MODEL,
     precision: str = "fp32",
     zero_stage: int = 0,
+    **blocks: Any,
 ) -> Curve:
-    engine = make_engine(world, optimizer, engine_class, model, precision, zero_stage)
+    engine = make_engine(world, optimizer, engine_class, model, precision, zero_stage, **blocks)
     engine.dry_run(share_of(global_batch(0), 0, 0, 1, micro_samples)[0])
     return [take_step(engine, step, micro_samples) for step in range(STEPS)]
 
