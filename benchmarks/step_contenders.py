@@ -25,8 +25,9 @@ from data.manifest import read_manifest
 from data.order import ORDER_VERSION, Order
 from data.plan import Plan, Segment
 from data.stream import Stream
+from distrib.engine import Engine, EngineSetup
+from distrib.engines import make_engine
 from distrib.initialisation import make_initialised_model
-from distrib.native import NativeEngine
 from distrib.world import World, join_world, leave_world
 from launch.attempt import Attempt
 from launch.config import RunConfig
@@ -196,15 +197,17 @@ def _run_lockstep(job: Job, config: RunConfig, materials: Materials, world: Worl
         global_samples=config.batch.global_samples,
     )
     plan = Plan.of([segment])
-    engine = NativeEngine(
-        materials.make_model,
-        materials.task.loss,
-        world=world,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        steps=config.run.steps,
-        seed=config.run.seed,
-        precision=config.parallel.precision,
+    engine = make_engine(
+        EngineSetup(
+            materials.make_model,
+            materials.task.loss,
+            world,
+            optimizer=config.optimizer,
+            schedule=config.schedule,
+            parallel=config.parallel,
+            steps=config.run.steps,
+            seed=config.run.seed,
+        )
     )
     stream = Stream(
         materials.training,
@@ -237,9 +240,7 @@ def _run_lockstep(job: Job, config: RunConfig, materials: Materials, world: Worl
     return engine.module
 
 
-def _attempt(
-    job: Job, config: RunConfig, materials: Materials, world: World, engine: NativeEngine, plan: Plan
-) -> Attempt:
+def _attempt(job: Job, config: RunConfig, materials: Materials, world: World, engine: Engine, plan: Plan) -> Attempt:
     run = RunDirectory(job.directory, {"name": "benchmark", "attempts": [{}], "wandb_run_id": "none"})
     (run.path / "logs").mkdir(parents=True, exist_ok=True)
     start_logging(run.path, world.rank)

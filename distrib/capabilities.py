@@ -22,8 +22,8 @@ class Capabilities:
 
 ENGINES: dict[str, Capabilities] = {
     "native": Capabilities(
-        zero_stages=frozenset({0, 2, 3}),
-        precisions=frozenset({"fp32", "bf16"}),
+        zero_stages=frozenset({0, 1, 2, 3}),
+        precisions=frozenset({"fp32", "bf16", "fp16"}),
         activation_checkpointing=frozenset({"none", "selective", "full"}),
         offload=frozenset({"none"}),
         compile=True,
@@ -42,7 +42,7 @@ _OPTIONS: tuple[tuple[str, Callable[[ParallelConfig], object], Callable[[Capabil
     ),
     ("offload", lambda p: p.offload, lambda c, p: p.offload in c.offload),
     ("compile", lambda p: str(p.compile).lower(), lambda c, p: c.compile or not p.compile),
-    ("replicas", lambda p: p.replicas, lambda c, p: p.replicas is None or (c.hybrid and p.zero_stage >= 2)),
+    ("replicas", lambda p: p.replicas, lambda c, p: p.replicas is None or (c.hybrid and p.zero_stage > 0)),
 )
 
 
@@ -64,7 +64,7 @@ def refuse_unsupported(parallel: ParallelConfig) -> None:
 
 def count_shards(parallel: ParallelConfig, size: int) -> int:
     """Over how many of `size` ranks a copy of the model is spread. Raises ValueError where the copies do not come out even."""
-    if parallel.zero_stage < 2:
+    if parallel.zero_stage == 0:
         return 1
     replicas = parallel.replicas or 1
     if size % replicas:

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from distrib.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from distrib.world import World
+
 
 class LossSum(Protocol):
     """What a task returns for a micro-batch."""
@@ -37,6 +40,20 @@ EvaluationFunction = Callable[[nn.Module, Mapping[str, torch.Tensor]], dict[str,
 
 
 @dataclass(frozen=True)
+class EngineSetup:
+    """What an engine is built from. The model is made by the engine, so that it can be sharded before its weights exist."""
+
+    make_model: Callable[[], nn.Module]
+    loss: LossFunction
+    world: World
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    parallel: ParallelConfig
+    steps: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class StepResult:
     """A committed step. The tensors live on the device and are read a step late, so that the step never waits on the host."""
 
@@ -59,13 +76,15 @@ class CanonicalState:
 
 
 class Engine(Protocol):
-    """Runs steps. Built from functions that make the model and the optimizer, in the order that its sharding needs."""
+    """Runs steps. Built from an `EngineSetup`."""
 
     @property
     def module(self) -> nn.Module:
         """The model without any wrapper."""
         ...
 
+    @property
+    def world(self) -> World: ...
     @property
     def steps_done(self) -> int: ...
 

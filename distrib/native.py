@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,130 +13,85 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distrib.blocks import prepare_blocks
-from distrib.config import OptimizerConfig, ScheduleConfig
-from distrib.engine import CanonicalState, EvaluationFunction, LossFunction, MicroBatch, StepResult
+from distrib.engine import CanonicalState, EngineSetup, MicroBatch, StepResult
+from distrib.engine_base import EngineBase
 from distrib.initialisation import make_initialised_model, make_sharded_model
-from distrib.keys import key64
+from distrib.loss_scaling import LossScaler
 from distrib.model_state import model_tensors
 from distrib.optimizer import make_optimizer, set_updates_done, state_tensors, updates_done
-from distrib.schedule import learning_rate
-from distrib.sharding import like, local, settle, shard
+from distrib.sharding import communicate, like, local, settle, shard
 from distrib.world import World
 
 
-class NativeEngine:
-    """An `Engine` over plain PyTorch: at ZeRO stage 0 every rank holds the whole model, at stages 2 and 3 a shard of it.
+class NativeEngine(EngineBase):
+    """An `Engine` over plain PyTorch: at ZeRO stage 0 every rank holds the whole model, at stages 1 to 3 a shard of it.
 
     The optimizer always works on this rank's plain tensors: its kernels are the same, and as fast, with and without
     sharding.
     """
 
-    def __init__(
-        self,
-        make_model: Callable[[], nn.Module],
-        loss: LossFunction,
-        *,
-        world: World,
-        optimizer: OptimizerConfig,
-        schedule: ScheduleConfig,
-        steps: int,
-        seed: int,
-        precision: str,
-        zero_stage: int = 0,
-        activation_checkpointing: str = "none",
-        compile_blocks: bool = False,
-    ) -> None:
-        self.world = world
-        self._loss = loss
-        self._schedule = schedule
-        self._peak_lr = optimizer.lr
-        self._clip_norm = optimizer.clip_norm
-        self._steps = steps
-        self._seed = seed
-        self._autocast_dtype = torch.bfloat16 if precision == "bf16" else None
-        self._sharded = zero_stage > 0 and world.size > 1
-        prepare = functools.partial(
-            prepare_blocks, activation_checkpointing=activation_checkpointing, compile_blocks=compile_blocks
-        )
+    def __init__(self, setup: EngineSetup) -> None:
+        super().__init__(setup)
+        world, parallel = setup.world, setup.parallel
+        self._zero_stage = parallel.zero_stage if world.size > 1 else 0
+        # Autocast's copies would outlive the weights that sharding frees after use.
+        self._keep_casts = not self._zero_stage
 
-        def prepare_and_shard(module: nn.Module) -> None:
-            prepare(module)
-            shard(module, world, zero_stage)
+        def prepare(module: nn.Module) -> None:
+            prepare_blocks(
+                module, activation_checkpointing=parallel.activation_checkpointing, compile_blocks=parallel.compile
+            )
+            if self._zero_stage:
+                shard(module, world, self._zero_stage)
 
-        if self._sharded:
-            self._module = make_sharded_model(make_model, seed, world.device, prepare_and_shard)
+        if self._zero_stage:
+            self._module = make_sharded_model(setup.make_model, setup.seed, world.device, prepare)
             settle(self._module)
         else:
-            self._module = make_initialised_model(make_model, seed, world.device)
+            self._module = make_initialised_model(setup.make_model, setup.seed, world.device)
             prepare(self._module)
         self._parameters = [p for p in self._module.parameters() if p.requires_grad]
-        self._replicated: nn.Module = self._module
-        if world.size > 1 and not self._sharded:
-            self._replicated = _replicate(self._module, world)
         self._local = self._parameters
-        if self._sharded:
+        if self._zero_stage:
             self._local = [nn.Parameter(local(parameter.detach())) for parameter in self._parameters]
-        self._optimizer = make_optimizer(optimizer, self._local)
-        self._optimizer_kind = optimizer.kind
-        self.steps_done = 0
-
-    @property
-    def module(self) -> nn.Module:
-        return self._module
+        replicated = world.size > 1 and not self._zero_stage
+        self._forward_module = _replicate(self._module, world) if replicated else self._module
+        self._optimizer = make_optimizer(setup.optimizer, self._local)
+        self._optimizer_kind = setup.optimizer.kind
+        self._scaler = LossScaler(world.device) if parallel.precision == "fp16" else None
 
     def dry_run(self, micro_batch: MicroBatch) -> None:
-        buffers = [buffer.clone() for buffer in self._module.buffers()]
-        if isinstance(self._replicated, DistributedDataParallel):
-            self._find_unused(micro_batch)
-        # DDP lays its buckets out anew after the first backward of an attempt, which changes the order of summation: that
-        # must happen here, or a resumed run would not repeat the bytes.
-        self._forward_backward(micro_batch, scale=0.0)
-        self._module.zero_grad()
-        with torch.no_grad():
-            for buffer, before in zip(self._module.buffers(), buffers, strict=True):
-                buffer.copy_(before)
+        with self._restoring_buffers():
+            if isinstance(self._forward_module, DistributedDataParallel):
+                self._find_unused(micro_batch)
+            # DDP lays its buckets out anew after the first backward of an attempt, which changes the order of summation:
+            # that must happen here, or a resumed run would not repeat the bytes.
+            with self._communication(last=True):
+                self._forward_backward(micro_batch, scale=0.0)
+            self._module.zero_grad()
 
     def _find_unused(self, micro_batch: MicroBatch) -> None:
         """DDP waits for the gradient of every parameter, unless it is told to look each time for those without one."""
-        with self._without_communication():
+        with self._communication(last=False):
             self._forward_backward(micro_batch, scale=0.0)
         if any(parameter.grad is None for parameter in self._parameters):
-            self._replicated = _replicate(self._module, self.world, find_unused_parameters=True)
+            self._forward_module = _replicate(self._module, self.world, find_unused_parameters=True)
         self._module.zero_grad()
 
     def step(self, micro_batches: Sequence[MicroBatch], items: int) -> StepResult:
-        # The sum of losses over the global batch, divided by its items (law 2): DDP averages over ranks, so multiply by
-        # their number first.
+        # The sum of losses over the global batch, divided by its items (law 2): DDP and FSDP average over ranks, so
+        # multiply by their number first.
         scale = self.world.data_size / items
         losses = []
-        for micro_batch in micro_batches[:-1]:
-            with self._without_communication():
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            with self._communication(last=number == len(micro_batches)):
                 losses.append(self._forward_backward(micro_batch, scale))
-        losses.append(self._forward_backward(micro_batches[-1], scale))
         loss_sum = torch.stack(losses).sum(dtype=torch.float64)
         norm, skipped = self._clip()
-        lr = learning_rate(self._schedule, self._peak_lr, self.steps_done, self._steps)
+        lr = self._learning_rate()
         self._update(lr, skipped)
         self.steps_done += 1
         return StepResult(loss_sum, norm, skipped, lr)
-
-    def evaluate(self, function: EvaluationFunction, micro_batches: Iterable[MicroBatch]) -> dict[str, torch.Tensor]:
-        sums: dict[str, torch.Tensor] = {}
-        self._share_buffers()
-        self._module.eval()
-        try:
-            with torch.no_grad(), self._autocast():
-                for micro_batch in micro_batches:
-                    for name, value in function(self._module, self._to_device(micro_batch)).items():
-                        # A filler repeats a sample of another rank: it must not count, not even as NaN.
-                        counted = value if micro_batch.weight else torch.zeros_like(value)
-                        sums[name] = sums[name] + counted if name in sums else counted
-        finally:
-            self._module.train()
-        if self.world.size > 1:
-            for name in sorted(sums):
-                dist.all_reduce(sums[name], group=self.world.data_group)
-        return sums
 
     def canonical_state(self) -> CanonicalState:
         self._share_buffers()
@@ -146,45 +100,53 @@ class NativeEngine:
         for (name, parameter), part in zip(trained, self._local, strict=True):
             for state, tensor in state_tensors(self._optimizer, part).items():
                 tensors[f"optimizer.{state}.{name}"] = like(tensor, parameter)
-        scalars = {
+        scalars: dict[str, Any] = {
             "steps_done": self.steps_done,
             "optimizer_kind": self._optimizer_kind,
             "optimizer_updates": updates_done(self._optimizer),
         }
+        if self._scaler is not None:
+            scalars["loss_scaler"] = self._scaler.as_scalars()
         return CanonicalState(tensors, scalars)
 
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
         self.steps_done = int(scalars["steps_done"])
         set_updates_done(self._optimizer, int(scalars["optimizer_updates"]))
+        # A run that changes to fp16 has none yet, and starts from the first scale.
+        if self._scaler is not None and "loss_scaler" in scalars:
+            self._scaler.load_scalars(scalars["loss_scaler"])
 
     def _forward_backward(self, micro_batch: MicroBatch, scale: float) -> torch.Tensor:
-        """Adds the micro-batch's gradient, times `scale`; returns the sum of its losses, detached."""
-        self._reseed(micro_batch.first_position)
-        if not micro_batch.weight:
-            self._module.eval()  # a filler leaves no trace, in running statistics neither
-        with self._autocast():
-            total = self._loss(self._replicated, self._to_device(micro_batch)).total
-        if not micro_batch.weight:
-            self._module.train()
-        (total * (scale * micro_batch.weight)).backward()
+        """Adds the micro-batch's gradient, times `scale` and the loss scale; returns the sum of its losses, detached."""
+        total = self._forward(micro_batch)
+        scaled = total * (scale * micro_batch.weight)
+        (scaled if self._scaler is None else scaled * self._scaler.scale).backward()
         return total.detach() if micro_batch.weight else torch.zeros_like(total)
 
     def _clip(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clips to the global norm; returns (norm before clipping, 1.0 if it is not finite), both on the device."""
-        if self._sharded:
+        """Undoes loss scaling and clips to the global norm; returns (norm before clipping, 1.0 if it is not finite), both
+        on the device."""
+        if self._zero_stage:
             for parameter, part in zip(self._parameters, self._local, strict=True):
                 part.grad = None if parameter.grad is None else local(parameter.grad)
         gradients = [p.grad for p in self._local if p.grad is not None]
         # What get_total_norm and clip_grads_with_norm_ of torch.nn.utils compute, without their sorting by device and
         # dtype, which on a CPU takes longer than the norms of a small model.
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        if self._sharded:
+        if self._zero_stage:
             assert self.world.mesh is not None
             squared = norm.square()
             dist.all_reduce(squared, group=self.world.mesh.get_group("shard"))
             norm = squared.sqrt()
+        factor: torch.Tensor | None = None
+        if self._scaler is not None:
+            norm = norm / self._scaler.scale
+            factor = self._scaler.scale.reciprocal()
         if self._clip_norm is not None:
-            torch._foreach_mul_(gradients, (self._clip_norm / (norm + 1e-6)).clamp(max=1.0))
+            clipping = (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            factor = clipping if factor is None else factor * clipping
+        if factor is not None:
+            torch._foreach_mul_(gradients, factor)
         return norm, torch.isfinite(norm).logical_not().float()
 
     def _update(self, lr: float, skipped: torch.Tensor) -> None:
@@ -193,40 +155,20 @@ class NativeEngine:
         # The fused kernels leave weights, state and update count alone where `found_inf` is 1: a skip without a host sync.
         self._optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self._optimizer.step()
-        for parameter in (
-            *self._parameters,
-            *self._local,
-        ):  # as zero_grad does, without its sorting and its entry in a profile
+        if self._scaler is not None:
+            self._scaler.update(skipped)
+        # As zero_grad does, without its sorting and its entry in a profile.
+        for parameter in self._parameters:
             parameter.grad = None
+        for part in self._local:
+            part.grad = None
 
-    def _share_buffers(self) -> None:
-        """The run's running statistics are rank 0's: training never reads them, what is evaluated and saved does."""
-        if self.world.size > 1:
-            for buffer in self._module.buffers():
-                dist.broadcast(buffer, src=0, group=self.world.data_group)
-
-    def _reseed(self, first_position: int) -> None:
-        # Stateless randomness (law 4). 63 bits: what every generator takes.
-        seed = key64("forward", self._seed, self.steps_done, first_position) >> 1
-        torch.default_generator.manual_seed(seed)
-        if self.world.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-
-    def _to_device(self, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
-        device = self.world.device
-        if device.type == "cpu":
-            return dict(micro_batch.tensors)
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.tensors.items()}
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self._autocast_dtype is None:
-            return contextlib.nullcontext()
-        # Its cache would keep a copy of every weight that sharding frees after use.
-        return torch.autocast(self.world.device.type, dtype=self._autocast_dtype, cache_enabled=not self._sharded)
-
-    def _without_communication(self) -> contextlib.AbstractContextManager[Any]:
-        if isinstance(self._replicated, DistributedDataParallel):
-            return self._replicated.no_sync()
+    def _communication(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """What travels after the backward pass of a micro-batch, the `last` of its step or an earlier one."""
+        if self._zero_stage:
+            communicate(self._module, self._zero_stage, last=last)
+        elif isinstance(self._forward_module, DistributedDataParallel) and not last:
+            return self._forward_module.no_sync()
         return contextlib.nullcontext()
 
 

@@ -1,7 +1,13 @@
-"""ZeRO stages 2 and 3 by PyTorch's `fully_shard` (FSDP2): block by block, over the mesh's shard axis.
+"""ZeRO stages 1 to 3 by PyTorch's `fully_shard` (FSDP2): block by block, over the mesh's shard axis.
 
-Gradients are reduced after every micro-batch, so that they are never kept whole: memory is what a stage is chosen for.
-Without sharding they travel once a step.
+What a step of n micro-batches sends, per rank, for P parameter elements (times (shards - 1) / shards):
+
+    stage 1   gathers P once, reduces P once; whole gradients are kept over the accumulation
+    stage 2   gathers P once, reduces P after every micro-batch; whole weights stay for the step
+    stage 3   gathers P twice per micro-batch, reduces P after every micro-batch; nothing stays whole
+
+so that stage 1 is chosen for the optimizer's memory, 2 for the gradients' too and 3 for all of it. Between copies of the
+model (hybrid sharding) a rank's part of the gradient travels once a step, whatever the stage.
 """
 
 from __future__ import annotations
@@ -17,11 +23,19 @@ from distrib.world import World
 
 def shard(module: nn.Module, world: World, zero_stage: int) -> None:
     """Makes the module's parameters DTensors, in place. Stage 3 frees a block's weights after its forward pass and gathers
-    them again for the backward; stage 2 keeps them in between. A module without `blocks()` is one unit."""
+    them again for the backward; the others keep them in between. A module without `blocks()` is one unit."""
     assert world.mesh is not None
     mesh = world.mesh if world.mesh.size(0) > 1 else world.mesh["shard"]
     for unit in {id(part): part for part in (*blocks_of(module), module)}.values():
         fully_shard(unit, mesh=mesh, reshard_after_forward=zero_stage == 3)
+
+
+def communicate(module: nn.Module, zero_stage: int, *, last: bool) -> None:
+    """Sets what the next backward pass sends and frees; `last`: it is the step's last one."""
+    assert isinstance(module, FSDPModule)
+    module.set_requires_gradient_sync(last or zero_stage > 1)
+    module.set_requires_all_reduce(last)
+    module.set_reshard_after_backward(last or zero_stage == 3)
 
 
 def settle(module: nn.Module) -> None:

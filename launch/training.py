@@ -15,8 +15,9 @@ from data.plan import Plan, Segment
 from data.prepare import prepare
 from data.stream import Stream, evaluation_batches
 from distrib.checkpoint import Checkpoint, load_tensors, newest_good_checkpoint, open_checkpoint
+from distrib.engine import EngineSetup
+from distrib.engines import make_engine
 from distrib.manifest import remove_temporaries, write_durably
-from distrib.native import NativeEngine
 from distrib.world import World
 from launch import loop
 from launch.attempt import Attempt
@@ -39,7 +40,7 @@ from launch.worker_log import start_logging
 from models.flops import FLOP_CONVENTION, count_parameters, peak_flops, training_flops_per_sample
 
 log = logging.getLogger("lockstep")
-_PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def run_attempt(
@@ -79,18 +80,17 @@ def _set_up(config: RunConfig, world: World, run: RunDirectory, materials: Mater
     """Builds model and engine, and the plan of a run that starts afresh."""
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
-    engine = NativeEngine(
-        materials.make_model,
-        materials.task.loss,
-        world=world,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        steps=config.run.steps,
-        seed=config.run.seed,
-        precision=config.parallel.precision,
-        zero_stage=config.parallel.zero_stage,
-        activation_checkpointing=config.parallel.activation_checkpointing,
-        compile_blocks=config.parallel.compile,
+    engine = make_engine(
+        EngineSetup(
+            materials.make_model,
+            materials.task.loss,
+            world,
+            optimizer=config.optimizer,
+            schedule=config.schedule,
+            parallel=config.parallel,
+            steps=config.run.steps,
+            seed=config.run.seed,
+        )
     )
     return Attempt(config, world, run, materials, engine, Plan.of([_segment(config, materials)]), Ledger(), stop)
 

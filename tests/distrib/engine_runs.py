@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distrib.config import OptimizerConfig, ScheduleConfig
+from distrib.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from distrib.engine import EngineSetup
 from distrib.initialisation import make_initialised_model
 from distrib.native import NativeEngine
 from distrib.reduction import report_step
@@ -74,19 +75,20 @@ def make_engine(
     model: TransformerConfig = MODEL,
     precision: str = "fp32",
     zero_stage: int = 0,
-    **blocks: Any,
+    **options: Any,
 ) -> NativeEngine:
+    parallel = ParallelConfig(precision=precision, zero_stage=zero_stage, **options)
     return engine_class(
-        lambda: build_model(model, SHAPE),
-        TASK.loss,
-        world=world,
-        optimizer=optimizer,
-        schedule=CONSTANT,
-        steps=STEPS,
-        seed=SEED,
-        precision=precision,
-        zero_stage=zero_stage,
-        **blocks,
+        EngineSetup(
+            lambda: build_model(model, SHAPE),
+            TASK.loss,
+            world,
+            optimizer=optimizer,
+            schedule=CONSTANT,
+            parallel=parallel,
+            steps=STEPS,
+            seed=SEED,
+        )
     )
 
 
@@ -108,9 +110,9 @@ def curve(
     model: TransformerConfig = MODEL,
     precision: str = "fp32",
     zero_stage: int = 0,
-    **blocks: Any,
+    **options: Any,
 ) -> Curve:
-    engine = make_engine(world, optimizer, engine_class, model, precision, zero_stage, **blocks)
+    engine = make_engine(world, optimizer, engine_class, model, precision, zero_stage, **options)
     engine.dry_run(share_of(global_batch(0), 0, 0, 1, micro_samples)[0])
     return [take_step(engine, step, micro_samples) for step in range(STEPS)]
 
@@ -161,7 +163,7 @@ class MeanOfMeans(NativeEngine):
         return super().step(micro_batches, items)
 
     def _forward_backward(self, micro_batch, scale):  # type: ignore[no-untyped-def]
-        loss = self._loss(self._replicated, micro_batch.tensors)
+        loss = self._loss(self._forward_module, micro_batch.tensors)
         (loss.total / loss.items * micro_batch.weight / getattr(self, "_count", 1)).backward()
         return loss.total.detach().double() * micro_batch.weight
 
@@ -170,7 +172,7 @@ class PerRankClip(NativeEngine):
     """A wrong engine: each rank clips its own gradient before they are summed."""
 
     def step(self, micro_batches, items):  # type: ignore[no-untyped-def]
-        with self._without_communication():
+        with self._communication(last=False):
             for micro_batch in micro_batches[:-1]:
                 self._forward_backward(micro_batch, self.world.data_size / items)
             loss_sum = self._forward_backward(micro_batches[-1], self.world.data_size / items)

@@ -69,6 +69,4 @@ def test_compiled_blocks_give_the_reference_curve(gloo_pool: GlooPool, world_siz
 
 
 def _compiled_curve(world: World, zero_stage: int) -> list[tuple[float, float]]:
-    return curve(
-        mesh_of(world, zero_stage), ADAMW_CLIPPED, 7, NativeEngine, MODEL, "fp32", zero_stage, compile_blocks=True
-    )
+    return curve(mesh_of(world, zero_stage), ADAMW_CLIPPED, 7, NativeEngine, MODEL, "fp32", zero_stage, compile=True)

@@ -105,7 +105,7 @@ def _gradient_communications(world: World, micro_samples: int) -> list[int]:
         sizes.append(bucket.buffer().numel() * bucket.buffer().element_size())
         return allreduce_hook(world.data_group, bucket)
 
-    engine._replicated.register_comm_hook(None, count)
+    engine._forward_module.register_comm_hook(None, count)
     engine.step(share_of(global_batch(0), 0, world.data_rank, world.data_size, micro_samples), 40)
     return sizes
 

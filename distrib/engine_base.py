@@ -1,0 +1,108 @@
+"""What every engine does alike: the forward pass of a micro-batch, and evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distrib.engine import EngineSetup, EvaluationFunction, MicroBatch
+from distrib.keys import key64
+from distrib.schedule import learning_rate
+
+_AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class EngineBase:
+    """An engine without its step. Master weights are fp32 and products are computed in the recipe's precision by autocast, in
+    every engine: one arithmetic."""
+
+    _module: nn.Module
+    """The model itself."""
+    _forward_module: nn.Module
+    """What a training forward pass goes through: the model, or the engine's wrapper around it."""
+    _keep_casts = True
+    """Whether autocast may keep a weight's low-precision copy between its uses in one forward pass."""
+
+    def __init__(self, setup: EngineSetup) -> None:
+        self.world = setup.world
+        self._loss = setup.loss
+        self._schedule = setup.schedule
+        self._peak_lr = setup.optimizer.lr
+        self._clip_norm = setup.optimizer.clip_norm
+        self._steps = setup.steps
+        self._seed = setup.seed
+        self._autocast_dtype = _AUTOCAST_DTYPES[setup.parallel.precision]
+        self.steps_done = 0
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module
+
+    def evaluate(self, function: EvaluationFunction, micro_batches: Iterable[MicroBatch]) -> dict[str, torch.Tensor]:
+        sums: dict[str, torch.Tensor] = {}
+        self._share_buffers()
+        self._module.eval()
+        try:
+            with torch.no_grad(), self._autocast():
+                for micro_batch in micro_batches:
+                    for name, value in function(self._module, self._to_device(micro_batch)).items():
+                        # A filler repeats a sample of another rank: it must not count, not even as NaN.
+                        counted = value if micro_batch.weight else torch.zeros_like(value)
+                        sums[name] = sums[name] + counted if name in sums else counted
+        finally:
+            self._module.train()
+        if self.world.size > 1:
+            for name in sorted(sums):
+                dist.all_reduce(sums[name], group=self.world.data_group)
+        return sums
+
+    def _forward(self, micro_batch: MicroBatch) -> torch.Tensor:
+        """The sum of a micro-batch's losses, with gradient."""
+        self._reseed(micro_batch.first_position)
+        if not micro_batch.weight:
+            self._module.eval()  # a filler leaves no trace, in running statistics neither
+        with self._autocast():
+            total = self._loss(self._forward_module, self._to_device(micro_batch)).total
+        if not micro_batch.weight:
+            self._module.train()
+        return total
+
+    @contextlib.contextmanager
+    def _restoring_buffers(self) -> Iterator[None]:
+        buffers = [buffer.clone() for buffer in self._module.buffers()]
+        yield
+        with torch.no_grad():
+            for buffer, before in zip(self._module.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+
+    def _learning_rate(self) -> float:
+        return learning_rate(self._schedule, self._peak_lr, self.steps_done, self._steps)
+
+    def _share_buffers(self) -> None:
+        """The run's running statistics are rank 0's: training never reads them, what is evaluated and saved does."""
+        if self.world.size > 1:
+            for buffer in self._module.buffers():
+                dist.broadcast(buffer, src=0, group=self.world.data_group)
+
+    def _reseed(self, first_position: int) -> None:
+        # Stateless randomness (law 4). 63 bits: what every generator takes.
+        seed = key64("forward", self._seed, self.steps_done, first_position) >> 1
+        torch.default_generator.manual_seed(seed)
+        if self.world.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def _to_device(self, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
+        device = self.world.device
+        if device.type == "cpu":
+            return dict(micro_batch.tensors)
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.tensors.items()}
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.world.device.type, dtype=self._autocast_dtype, cache_enabled=self._keep_casts)
