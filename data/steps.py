@@ -59,6 +59,13 @@ class StepBlock:
         return [0, *np.cumsum([len(share.offsets) for share in self.shares]).tolist()]
 
 
+def sample_ids_of_step(plan: Plan, samples: int, stop_position: int) -> list[int]:
+    """The ids of all samples of the step that ends at `stop_position`, over a dataset of so many samples."""
+    first = stop_position - plan.segment_at(stop_position - 1).global_samples
+    steps = Steps(plan, samples, rank=0, world_size=1, micro_samples=1, stop_position=stop_position)
+    return steps.block(first, 1).ids.tolist()
+
+
 class Steps:
     """The steps of a plan up to `stop_position`, over a dataset of so many samples, as one rank reads them."""
 

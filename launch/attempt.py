@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.plan import Plan
+from data.steps import sample_ids_of_step
 from data.stream import evaluation_batches
 from distrib.checkpoint import SaveFailed, save_checkpoint
 from distrib.engine import Engine
@@ -26,6 +27,7 @@ from launch.stopping import StopRequest
 from launch.tracking.tracking import Tracking
 
 log = logging.getLogger("lockstep")
+_SHOWN_IDS = 8
 
 
 @dataclass
@@ -72,6 +74,23 @@ class Attempt:
             self.progress.update(record)
         if record["skipped"]:
             self.say(f"step {record['step']}: skipped, its gradient is not finite; weights stay as they were")
+            self._refuse_to_skip_for_ever()
+
+    def _refuse_to_skip_for_ever(self) -> None:
+        """Ends the run where steps are skipped one after the other: it learns nothing, and costs what a good one costs."""
+        limit, ledger = self.config.run.max_skipped_in_a_row, self.ledger
+        if limit is None or ledger.skipped_in_a_row < limit:
+            return
+        ids = sample_ids_of_step(self.plan, self.materials.training.samples, ledger.position)
+        log.error("step %d read the samples %s", ledger.step, ids)
+        more = f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
+        raise RunEnded(
+            f"step {ledger.step}: the gradient was not finite in {limit} steps in a row (run.max_skipped_in_a_row); "
+            f"weights are those of step {ledger.step - limit}; the samples of step {ledger.step} are "
+            f"{', '.join(map(str, ids[:_SHOWN_IDS]))}{more}; lower optimizer.lr, or look at these samples",
+            DO_NOT_RESTART,
+            told_by_all=True,
+        )
 
     def evaluate(self) -> None:
         """Evaluates on the validation split, on all ranks, and records the metrics."""

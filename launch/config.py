@@ -27,6 +27,8 @@ class RunSection(_Section):
     directory: Path | None = None
     """Where the run is kept; null: a new numbered directory under runs/."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_skipped_in_a_row: int | None = Field(default=20, ge=1)
+    """Steps skipped one after the other, their gradients not finite, after which the run ends; null: never."""
     deterministic: bool = False
     """Deterministic kernels, for the same bytes on a GPU; on a CPU they are deterministic anyway."""
 

@@ -18,6 +18,8 @@ class Ledger:
     items: int = 0
     """Items that losses were divided by: tokens with a target, or samples."""
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    """Skipped steps since the last one that was not."""
     digest: str = EMPTY_DIGEST
     """Chained over all steps from what was really read and went through forward."""
 
@@ -26,6 +28,7 @@ class Ledger:
         self.position += samples
         self.items += items
         self.skipped_steps += int(skipped)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.digest = chain(self.digest, fold)
 
     def as_scalars(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from launch.config import RunConfig
 
 # Prefixes of dotted keys. What is in neither list is impossible to change: the run would not be the same run.
 _HARMLESS = (
-    "run.name", "run.directory", "run.device", "data.directory", "data.prefetch_steps", "data.source",
+    "run.name", "run.directory", "run.device", "run.max_skipped_in_a_row", "data.directory", "data.prefetch_steps", "data.source",
     "batch.micro_samples", "parallel.engine", "parallel.zero_stage", "parallel.replicas", "parallel.offload",
     "parallel.activation_checkpointing", "parallel.compile", "parallel.timeout_seconds", "checkpoint.", "evaluation.",
     "tracking.",

@@ -85,6 +85,17 @@ class WithBatchNorm(Plain):
         return self.output(self.norm(self.embedding(tokens).transpose(1, 2)).transpose(1, 2))
 
 
+class Poisoned(Plain):
+    """From its sixth training forward on, all it returns is not a number."""
+
+    forwards = 0
+
+    def forward(self, tokens):
+        self.forwards += self.training and not tokens.is_meta
+        logits = super().forward(tokens)
+        return logits * float("nan") if self.training and self.forwards > 5 else logits
+
+
 def build(shape, width=16):
     return Plain(shape.vocabulary_size, width)
 
@@ -107,6 +118,10 @@ def build_hungry(shape):
 
 def build_slow(shape):
     return Slow(shape.vocabulary_size, 16)
+
+
+def build_poisoned(shape):
+    return Poisoned(shape.vocabulary_size, 16)
 
 
 def build_broken(shape):
