@@ -173,6 +173,8 @@ class ResNetConfig(_Section):
     """cifar: one 3 x 3 convolution; imagenet: 7 x 7 with stride 2, then pooling. None: that of the family."""
     norm: Literal["batch", "group"] = "batch"
     groups: PositiveInt = 8
+    activation: Literal["relu", "silu"] = "relu"
+    """silu (Elfwing et al. 2018) is smooth: a last bit that differs never switches a unit on or off."""
     zero_initialised_branches: bool = False
     """Start the last norm of every residual branch at zero, so that each block starts as the identity
     (Goyal et al. 2017)."""

@@ -11,6 +11,7 @@ from models.norms import make_norm
 
 IMAGENET_STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 BOTTLENECK_EXPANSION = 4
+_ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 
 
 class PaddedShortcut(nn.Module):
@@ -27,7 +28,7 @@ class PaddedShortcut(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """relu(branch(x) + shortcut(x)). The branch is two 3 x 3 convolutions or, as a bottleneck, 1 x 1, 3 x 3, 1 x 1."""
+    """activation(branch(x) + shortcut(x)). The branch is two 3 x 3 convolutions or, as a bottleneck, 1 x 1, 3 x 3, 1 x 1."""
 
     def __init__(self, config: ResNetConfig, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -36,23 +37,24 @@ class ResidualBlock(nn.Module):
         if bottleneck:
             self.branch = nn.Sequential(
                 *_convolution(config, inputs, width, kernel_size=1, stride=1),
-                nn.ReLU(),
+                _ACTIVATIONS[config.activation](),
                 *_convolution(config, width, width, kernel_size=3, stride=stride),
-                nn.ReLU(),
+                _ACTIVATIONS[config.activation](),
                 nn.Conv2d(width, outputs, kernel_size=1, bias=False),
             )
         else:
             self.branch = nn.Sequential(
                 *_convolution(config, inputs, width, kernel_size=3, stride=stride),
-                nn.ReLU(),
+                _ACTIVATIONS[config.activation](),
                 nn.Conv2d(width, outputs, kernel_size=3, padding=1, bias=False),
             )
         self.last_norm = make_norm(config.norm, outputs, config.groups)
         self.shortcut = _shortcut(config, inputs, outputs, stride)
+        self.activation = _ACTIVATIONS[config.activation]()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) -> (B, outputs, H / stride, W / stride)."""
-        return F.relu(self.last_norm(self.branch(x)) + self.shortcut(x))
+        return self.activation(self.last_norm(self.branch(x)) + self.shortcut(x))
 
 
 class ResNet(Model):
@@ -108,10 +110,12 @@ def _convolution(
 
 def _stem(config: ResNetConfig, channels: int, width: int) -> nn.Sequential:
     if config.resolved_stem == "cifar":
-        return nn.Sequential(*_convolution(config, channels, width, kernel_size=3, stride=1), nn.ReLU())
+        return nn.Sequential(
+            *_convolution(config, channels, width, kernel_size=3, stride=1), _ACTIVATIONS[config.activation]()
+        )
     return nn.Sequential(
         *_convolution(config, channels, width, kernel_size=7, stride=2),
-        nn.ReLU(),
+        _ACTIVATIONS[config.activation](),
         nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
     )
 
