@@ -47,16 +47,19 @@ def make_sharded_model(
     model.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            assert isinstance(parameter, DTensor)
-            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            cast(Any, model).initialise_parameter(name, whole, parameter_generator(seed, name, parameter.shape))
-            shape, offsets = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
-            part = tuple(slice(start, start + size) for start, size in zip(offsets, shape, strict=True))
-            parameter.to_local().copy_(whole[part])
+            _initialise_part(cast(Any, model), name, parameter, seed)
         cast(Any, model).initialise_buffers()
     return model
+
+
+def _initialise_part(model: Any, name: str, parameter: torch.Tensor, seed: int) -> None:
+    """Draws a parameter whole and keeps this rank's part: the values must not depend on the number of parts."""
+    assert isinstance(parameter, DTensor)
+    part = parameter.to_local()
+    whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=part.device)
+    model.initialise_parameter(name, whole, parameter_generator(seed, name, parameter.shape))
+    shape, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    part.copy_(whole[tuple(slice(start, start + size) for start, size in zip(offsets, shape, strict=True))])
 
 
 def _initialises_by_name(make_model: Callable[[], nn.Module]) -> bool:

@@ -36,20 +36,7 @@ class NativeEngine(EngineBase):
         self._zero_stage = parallel.zero_stage if world.size > 1 else 0
         # Autocast's copies would outlive the weights that sharding frees after use.
         self._keep_casts = not self._zero_stage
-
-        def prepare(module: nn.Module) -> None:
-            prepare_blocks(
-                module, activation_checkpointing=parallel.activation_checkpointing, compile_blocks=parallel.compile
-            )
-            if self._zero_stage:
-                shard(module, world, self._zero_stage)
-
-        if self._zero_stage:
-            self._module = make_sharded_model(setup.make_model, setup.seed, world.device, prepare)
-            settle(self._module)
-        else:
-            self._module = make_initialised_model(setup.make_model, setup.seed, world.device)
-            prepare(self._module)
+        self._module = self._make_module(setup)
         self._parameters = [p for p in self._module.parameters() if p.requires_grad]
         self._local = self._parameters
         if self._zero_stage:
@@ -59,6 +46,26 @@ class NativeEngine(EngineBase):
         self._optimizer = make_optimizer(setup.optimizer, self._local)
         self._optimizer_kind = setup.optimizer.kind
         self._scaler = LossScaler(world.device) if parallel.precision == "fp16" else None
+
+    def _make_module(self, setup: EngineSetup) -> nn.Module:
+        """The model with its initial values: made on the meta device, sharded, and only then given memory."""
+
+        def prepare(module: nn.Module) -> None:
+            prepare_blocks(
+                module,
+                activation_checkpointing=setup.parallel.activation_checkpointing,
+                compile_blocks=setup.parallel.compile,
+            )
+            if self._zero_stage:
+                shard(module, setup.world, self._zero_stage)
+
+        if self._zero_stage:
+            module = make_sharded_model(setup.make_model, setup.seed, setup.world.device, prepare)
+            settle(module)
+        else:
+            module = make_initialised_model(setup.make_model, setup.seed, setup.world.device)
+            prepare(module)
+        return module
 
     def dry_run(self, micro_batch: MicroBatch) -> None:
         with self._restoring_buffers():

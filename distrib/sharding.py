@@ -39,11 +39,10 @@ def communicate(module: nn.Module, zero_stage: int, *, last: bool) -> None:
 
 
 def settle(module: nn.Module) -> None:
-    """Makes the storage of the local shards final: FSDP pads them once, when it first gathers."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.unshard()
-            part.reshard()
+    """Makes the storage of the local shards final, so that an optimizer may hold it: FSDP pads them to equal sizes in what it
+    puts off until the first forward. Gathering weights would do that too, at the price of a whole block twice."""
+    assert isinstance(module, FSDPModule)
+    module._get_fsdp_state()._lazy_init()
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

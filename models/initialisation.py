@@ -13,15 +13,26 @@ from models.config import Initialisation
 @torch.no_grad()
 def normal_(parameter: torch.Tensor, std: float, generator: torch.Generator) -> None:
     """Independent N(0, std^2)."""
-    values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-    parameter.copy_(values.normal_(0.0, std, generator=generator))
+    values = _host_values(parameter)
+    values.normal_(0.0, std, generator=generator)
+    if values is not parameter:
+        parameter.copy_(values)
 
 
 @torch.no_grad()
 def uniform_(parameter: torch.Tensor, bound: float, generator: torch.Generator) -> None:
     """Independent and uniform in [-bound, bound)."""
-    values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-    parameter.copy_(values.uniform_(-bound, bound, generator=generator))
+    values = _host_values(parameter)
+    values.uniform_(-bound, bound, generator=generator)
+    if values is not parameter:
+        parameter.copy_(values)
+
+
+def _host_values(parameter: torch.Tensor) -> torch.Tensor:
+    """Where to draw: the parameter itself where it is what generators fill alike everywhere."""
+    if parameter.device.type == "cpu" and parameter.dtype == torch.float32 and parameter.is_contiguous():
+        return parameter
+    return torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()
