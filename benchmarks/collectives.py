@@ -30,6 +30,15 @@ _PAYLOAD_ARGUMENT = {
     "alltoall_": 1,
     "alltoall_base_": 1,
 }
+# The same collective under the several names of its forms.
+_NAMES = {
+    "allreduce_coalesced_": "allreduce",
+    "_allgather_base_": "allgather",
+    "allgather_into_tensor_coalesced_": "allgather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "alltoall_base_": "alltoall",
+}
 _NO_PAYLOAD = {"barrier", "monitored_barrier_"}
 
 
@@ -40,7 +49,6 @@ class CollectiveCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.payload_bytes: Counter[Collective] = Counter()
-        self.calls: Counter[Collective] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         if function.namespace == "c10d":
@@ -54,6 +62,5 @@ class CollectiveCounter(TorchDispatchMode):
             leaf for leaf in tree_leaves(arguments[_PAYLOAD_ARGUMENT[operation]]) if isinstance(leaf, torch.Tensor)
         ]
         for tensor in tensors:
-            kind = Collective(operation.strip("_"), str(tensor.dtype).removeprefix("torch."))
+            kind = Collective(_NAMES.get(operation, operation.strip("_")), str(tensor.dtype).removeprefix("torch."))
             self.payload_bytes[kind] += tensor.numel() * tensor.element_size()
-        self.calls[Collective(operation.strip("_"), str(tensors[0].dtype).removeprefix("torch."))] += 1

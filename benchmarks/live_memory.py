@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,6 +29,15 @@ def _add_storage(sizes: dict[int, int], tensor: torch.Tensor) -> None:
     if tensor.device.type != "meta":
         storage = tensor.untyped_storage()
         sizes[storage._cdata] = storage.nbytes()
+
+
+def storage_bytes(values: Iterable[Any]) -> int:
+    """Of those values that are tensors."""
+    sizes: dict[int, int] = {}
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            _add_storage(sizes, value)
+    return sum(sizes.values())
 
 
 class PeakMemory(TorchDispatchMode):

@@ -1,0 +1,256 @@
+"""Memory and traffic of every engine and ZeRO stage, measured, against the engine's own formula and the ZeRO paper's.
+
+    python benchmarks/footprint.py
+
+A GPT of 50 million parameters takes one step with AdamW on 2 and 4 gloo processes, one micro-batch per rank. Counted are the
+storages of all live tensors and the payload of every collective. Writes benchmarks/results/footprint.json and footprint.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from benchmarks.collectives import CollectiveCounter
+from benchmarks.live_memory import live_bytes, storage_bytes
+from distrib.capabilities import count_shards
+from distrib.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from distrib.engine import EngineSetup
+from distrib.engines import make_engine
+from distrib.footprint import Footprint, footprint
+from distrib.world import leave_world, world_of_group
+from models.build import InputShape, build_model
+from models.config import TaskConfig, TransformerConfig
+from models.tasks import build_task
+
+RESULTS = Path(__file__).parent / "results"
+TOLERANCE = 0.03
+MODEL = TransformerConfig(layers=10, width=640, heads=10, positions="learned", norm="layernorm", activation="gelu")
+SHAPE = InputShape(vocabulary_size=512, sequence_tokens=16)
+OPTIMIZER = OptimizerConfig()
+# (engine, ZeRO stage, replicas)
+CONFIGURATIONS = [*(("native", stage, 1) for stage in range(4)), *(("native", stage, 2) for stage in (1, 2, 3))]
+
+
+@dataclass(frozen=True)
+class Case:
+    engine: str
+    zero_stage: int
+    replicas: int
+    world_size: int
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(
+            engine=self.engine, zero_stage=self.zero_stage, replicas=self.replicas if self.replicas > 1 else None
+        )
+
+    @property
+    def name(self) -> str:
+        hybrid = f", {self.replicas} replicas" if self.replicas > 1 else ""
+        return f"{self.engine}, ZeRO {self.zero_stage}{hybrid}, world {self.world_size}"
+
+
+@dataclass
+class Micro:
+    """A micro-batch of one sample."""
+
+    tensors: dict[str, torch.Tensor]
+    first_position: int
+    weight: float = 1.0
+
+
+def cases() -> list[Case]:
+    return [
+        Case(engine, stage, replicas, size)
+        for engine, stage, replicas in CONFIGURATIONS
+        for size in (2, 4)
+        if size > replicas
+    ]
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """What rank 0 holds and sends; the largest over ranks for memory."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as directory:
+        results = context.SimpleQueue()
+        arguments = [(case, rank, f"file://{directory}/store", results) for rank in range(case.world_size)]
+        workers = [context.Process(target=_work, args=one, daemon=True) for one in arguments]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        if any(worker.exitcode for worker in workers):
+            raise RuntimeError(f"{case.name}: a worker failed")
+        ranks = [results.get() for _ in workers]
+    measured = {key: max(rank[key] for rank in ranks) for key in _MEMORY}
+    return {**measured, "traffic": ranks[0]["traffic"], "dtypes": ranks[0]["dtypes"], "elements": ranks[0]["elements"]}
+
+
+def _work(case: Case, rank: int, store: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    timeout = timedelta(seconds=300)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=case.world_size, timeout=timeout)
+    shards = count_shards(case.parallel, case.world_size)
+    world = world_of_group(rank, torch.device("cpu"), timeout, shards)
+    elements = sum(parameter.numel() for parameter in _build("meta").parameters())
+    before = live_bytes()
+    task = build_task(TaskConfig(kind="language_modelling"))
+    setup = EngineSetup(
+        _build, task.loss, world, OPTIMIZER, ScheduleConfig(kind="constant"), case.parallel, steps=10, seed=0
+    )
+    engine = make_engine(setup)
+    micro_batch = Micro({"tokens": torch.arange(17).view(1, 17)}, first_position=rank)
+    held = live_bytes() - before
+    engine.dry_run(micro_batch)
+    seen: dict[str, float] = {}
+
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not seen:
+            seen["optimizer"] = storage_bytes(value for state in optimizer.state.values() for value in state.values())
+            seen["gradients"] = live_bytes() - before - held
+
+    handle = register_optimizer_step_pre_hook(look)
+    with CollectiveCounter() as counter:
+        engine.step([micro_batch], items=16 * case.world_size)
+    handle.remove()
+    traffic: Counter[str] = Counter()
+    for kind, size in counter.payload_bytes.items():
+        traffic[kind.operation] += size
+    results.put(
+        {
+            "elements": elements,
+            "parameters": held - seen["optimizer"],
+            "gradients": seen["gradients"],
+            "optimizer": seen["optimizer"],
+            "traffic": dict(traffic),
+            "dtypes": sorted({kind.dtype for kind, size in counter.payload_bytes.items() if size > 1000}),
+        }
+    )
+    leave_world(world)
+
+
+def _build(device: str = "cpu") -> torch.nn.Module:
+    with torch.device(device):
+        return build_model(MODEL, SHAPE)
+
+
+def deviations(case: Case, measured: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """What is measured -> (bytes, bytes of the engine's formula)."""
+    stated = formula(case, measured["elements"])
+    pairs = {name: (measured[name], getattr(stated, name)) for name in _MEMORY}
+    for operation in stated.traffic.keys() | measured["traffic"].keys():
+        pairs[operation] = (measured["traffic"].get(operation, 0), stated.traffic.get(operation, 0.0))
+    return pairs
+
+
+def within_tolerance(size: float, stated: float, whole: float) -> bool:
+    """Within 3 % of the formula; where that is zero, nothing but scalars."""
+    return abs(size - stated) <= (TOLERANCE * stated if stated else 1e-4 * whole)
+
+
+def formula(case: Case, elements: int) -> Footprint:
+    return footprint(case.parallel, OPTIMIZER, parameters=elements, world_size=case.world_size)
+
+
+def paper_bytes(zero_stage: int, elements: int, shards: int) -> float:
+    """Held per rank with mixed precision and Adam, K = 12 (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054,
+    figure 1)."""
+    sixteen_bit, state = 2 * elements, 12 * elements
+    held = {
+        0: 2 * sixteen_bit + state,
+        1: 2 * sixteen_bit + state / shards,
+        2: sixteen_bit + (sixteen_bit + state) / shards,
+        3: (2 * sixteen_bit + state) / shards,
+    }
+    return held[zero_stage]
+
+
+def moved_elements(traffic: dict[str, float], elements: int) -> float:
+    """In units of P, as the paper counts (its section 7): an all-reduce moves each element twice."""
+    return sum((2 if operation == "allreduce" else 1) * size for operation, size in traffic.items()) / (4 * elements)
+
+
+def table(results: list[tuple[Case, dict[str, Any]]], command: str) -> str:
+    elements = results[0][1]["elements"]
+    dtypes = sorted({dtype for _, one in results for dtype in one["dtypes"]})
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "accelerate"))
+    lines = [
+        "# Memory and traffic per rank",
+        "",
+        f"`{command}`, {datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, {versions}",
+        "",
+        f"A GPT of {elements:,} parameters (P), fp32 master weights, AdamW, one micro-batch per rank, gloo. MiB, measured /",
+        "by the engine's formula (`distrib/footprint.py`). Traffic is the payload of a step's collectives, all of it",
+        f"{' and '.join(dtypes)}. The last columns stand beside the ZeRO paper's.",
+        "",
+        f"| {' | '.join(_COLUMNS)} |",
+        f"|---|{'---:|' * (len(_COLUMNS) - 1)}",
+    ]
+    for case, measured in results:
+        pairs = deviations(case, measured)
+        memory = [_pair(*pairs[name]) for name in _MEMORY]
+        traffic = [_pair(*pairs.get(name, (0, 0))) for name in _TRAFFIC]
+        held = sum(pairs[name][0] for name in _MEMORY) / elements
+        paper = paper_bytes(case.zero_stage, elements, count_shards(case.parallel, case.world_size)) / elements
+        moved = moved_elements(measured["traffic"], elements)
+        compared = [f"{held:.2f}", f"{paper:.2f}", f"{moved:.2f}", "3" if case.zero_stage == 3 else "2"]
+        lines.append(f"| {' | '.join([case.name, *memory, *traffic, *compared])} |")
+    return "\n".join([*lines, "", EXPLANATION])
+
+
+_MEMORY = ("parameters", "gradients", "optimizer")
+_TRAFFIC = ("allgather", "reduce_scatter", "allreduce")
+_COLUMNS = (
+    "", "parameters", "gradients", "optimizer", "all-gather", "reduce-scatter", "all-reduce",
+    "bytes held / P", "paper", "elements moved / P", "paper",
+)  # fmt: skip
+EXPLANATION = """\
+Where this differs from the paper's 16 P bytes and 2 P (stages 0 to 2) or 3 P (stage 3) elements:
+
+* Weights and gradients are fp32 and autocast makes bf16 copies where they are used, so there is one copy of the weights, not a
+  16-bit one beside the master: 4 + 4 + 8 bytes per parameter, the paper's 2 + 2 + 12. What travels has 4 bytes an element
+  where the paper's has 2.
+* native keeps shards of the weights alone between steps at stages 1 and 2, too; during the forward and the backward pass
+  whole weights (4 P bytes) are there in addition, and at stage 1 with accumulation whole gradients (4 P). At stage 3 it is
+  a block's.
+* With replicas, memory is divided by the ranks of one copy, and a rank's part of the gradient is all-reduced between copies.
+"""
+
+
+def _pair(size: float, stated: float) -> str:
+    return f"{size / 2**20:,.1f} / {stated / 2**20:,.1f}" if stated or size > 1e5 else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    output = parser.parse_args().output
+    results = [(case, measure(case)) for case in cases()]
+    text = table(results, "python benchmarks/footprint.py")
+    output.mkdir(exist_ok=True)
+    (output / "footprint.json").write_text(
+        json.dumps([{**asdict(case), **measured} for case, measured in results], indent=1) + "\n"
+    )
+    (output / "footprint.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Memory and traffic of a model of 50 million parameters stay within 3 % of what each engine states."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.footprint import Case, cases, deviations, measure, paper_bytes, table, within_tolerance
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_the_engine_holds_and_sends_what_its_formula_says(case: Case) -> None:
+    measured = measure(case)
+    assert 48e6 < measured["elements"] < 52e6
+    for what, (size, stated) in deviations(case, measured).items():
+        assert within_tolerance(size, stated, 4 * measured["elements"]), f"{what}: {size} bytes, stated {stated}"
+    assert case.name in table([(case, measured)], "test")
+
+
+def test_a_wrong_formula_is_noticed() -> None:
+    assert within_tolerance(103.0, 100.0, 100.0)
+    assert not within_tolerance(104.0, 100.0, 100.0)
+    assert not within_tolerance(1.0, 0.0, 100.0)
+
+
+def test_the_paper_s_formula() -> None:
+    """Figure 1 of the paper: 7.5 billion parameters on 64 devices, in GB."""
+    held = [paper_bytes(stage, 7_500_000_000, 64) / 1e9 for stage in range(4)]
+    assert held == pytest.approx([120.0, 31.4, 16.6, 1.9], abs=0.05)
