@@ -68,7 +68,7 @@ class StepResult:
 
 @dataclass
 class CanonicalState:
-    """The engine-free form of everything a step advances: full names, live tensors, and scalars that fit JSON."""
+    """The engine-free form of everything a step advances: full names, tensors, and scalars that fit JSON."""
 
     tensors: dict[str, torch.Tensor]
     """`model.{name}` for parameters and buffers, `optimizer.{state}.{name}` for the optimizer's state."""
@@ -81,6 +81,11 @@ class Engine(Protocol):
     @property
     def module(self) -> nn.Module:
         """The model without any wrapper."""
+        ...
+
+    @property
+    def parameter_count(self) -> int:
+        """Scalars of the whole model, trained and frozen; a tied parameter counts once."""
         ...
 
     @property
@@ -101,8 +106,11 @@ class Engine(Protocol):
         """Sums of `function` over all micro-batches and ranks, with the model in evaluation mode; disturbs nothing."""
         ...
 
-    def canonical_state(self) -> CanonicalState: ...
+    def canonical_state(self) -> CanonicalState:
+        """Every rank calls it together. The tensors are what the engine trains, or copies of it."""
+        ...
 
-    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
-        """Takes over the scalars of a checkpoint whose tensors were read into `canonical_state().tensors` in place."""
+    def load_state(self, state: CanonicalState) -> None:
+        """Takes over a checkpoint: the tensors that `canonical_state()` gave, with the checkpoint's values read into them in
+        place, and the checkpoint's scalars. Every rank calls it together."""
         ...

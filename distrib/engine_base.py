@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import nn
 
 from distrib.engine import EngineSetup, EvaluationFunction, MicroBatch
 from distrib.keys import key64
+from distrib.loss_scaling import LossScaler
+from distrib.optimizer import set_updates_done, updates_done
 from distrib.schedule import learning_rate
 
 _AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,6 +27,7 @@ class EngineBase:
     """The model itself."""
     _forward_module: nn.Module
     """What a training forward pass goes through: the model, or the engine's wrapper around it."""
+    _optimizer: torch.optim.Optimizer
     _keep_casts = True
     """Whether autocast may keep a weight's low-precision copy between its uses in one forward pass."""
 
@@ -37,11 +40,17 @@ class EngineBase:
         self._steps = setup.steps
         self._seed = setup.seed
         self._autocast_dtype = _AUTOCAST_DTYPES[setup.parallel.precision]
+        self._scaler = LossScaler(setup.world.device) if setup.parallel.precision == "fp16" else None
+        self._optimizer_kind = setup.optimizer.kind
         self.steps_done = 0
 
     @property
     def module(self) -> nn.Module:
         return self._module
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self._module.parameters())
 
     def evaluate(self, function: EvaluationFunction, micro_batches: Iterable[MicroBatch]) -> dict[str, torch.Tensor]:
         sums: dict[str, torch.Tensor] = {}
@@ -60,6 +69,24 @@ class EngineBase:
             for name in sorted(sums):
                 dist.all_reduce(sums[name], group=self.world.data_group)
         return sums
+
+    def _scalars(self) -> dict[str, Any]:
+        """The scalars of the canonical form."""
+        scalars: dict[str, Any] = {
+            "steps_done": self.steps_done,
+            "optimizer_kind": self._optimizer_kind,
+            "optimizer_updates": updates_done(self._optimizer),
+        }
+        if self._scaler is not None:
+            scalars["loss_scaler"] = self._scaler.as_scalars()
+        return scalars
+
+    def _load_scalars(self, scalars: Mapping[str, Any]) -> None:
+        self.steps_done = int(scalars["steps_done"])
+        set_updates_done(self._optimizer, int(scalars["optimizer_updates"]))
+        # A run that changes to fp16 has none yet, and starts from the first scale.
+        if self._scaler is not None and "loss_scaler" in scalars:
+            self._scaler.load_scalars(scalars["loss_scaler"])
 
     def _forward(self, micro_batch: MicroBatch) -> torch.Tensor:
         """The sum of a micro-batch's losses, with gradient."""

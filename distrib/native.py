@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distrib.blocks import prepare_blocks
 from distrib.engine import CanonicalState, EngineSetup, MicroBatch, StepResult
 from distrib.engine_base import EngineBase
+from distrib.gradients import clip_gradients, leave_out
 from distrib.initialisation import make_initialised_model, make_sharded_model
-from distrib.loss_scaling import LossScaler
 from distrib.model_state import model_tensors
-from distrib.optimizer import make_optimizer, set_updates_done, state_tensors, updates_done
+from distrib.optimizer import make_optimizer, set_learning_rate, state_tensors
 from distrib.sharding import communicate, like, local, settle, shard
 from distrib.world import World
 
@@ -44,8 +43,6 @@ class NativeEngine(EngineBase):
         replicated = world.size > 1 and not self._zero_stage
         self._forward_module = _replicate(self._module, world) if replicated else self._module
         self._optimizer = make_optimizer(setup.optimizer, self._local)
-        self._optimizer_kind = setup.optimizer.kind
-        self._scaler = LossScaler(world.device) if parallel.precision == "fp16" else None
 
     def _make_module(self, setup: EngineSetup) -> nn.Module:
         """The model with its initial values: made on the meta device, sharded, and only then given memory."""
@@ -107,21 +104,10 @@ class NativeEngine(EngineBase):
         for (name, parameter), part in zip(trained, self._local, strict=True):
             for state, tensor in state_tensors(self._optimizer, part).items():
                 tensors[f"optimizer.{state}.{name}"] = like(tensor, parameter)
-        scalars: dict[str, Any] = {
-            "steps_done": self.steps_done,
-            "optimizer_kind": self._optimizer_kind,
-            "optimizer_updates": updates_done(self._optimizer),
-        }
-        if self._scaler is not None:
-            scalars["loss_scaler"] = self._scaler.as_scalars()
-        return CanonicalState(tensors, scalars)
+        return CanonicalState(tensors, self._scalars())
 
-    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
-        self.steps_done = int(scalars["steps_done"])
-        set_updates_done(self._optimizer, int(scalars["optimizer_updates"]))
-        # A run that changes to fp16 has none yet, and starts from the first scale.
-        if self._scaler is not None and "loss_scaler" in scalars:
-            self._scaler.load_scalars(scalars["loss_scaler"])
+    def load_state(self, state: CanonicalState) -> None:
+        self._load_scalars(state.scalars)  # the tensors are the engine's own
 
     def _forward_backward(self, micro_batch: MicroBatch, scale: float) -> torch.Tensor:
         """Adds the micro-batch's gradient, times `scale` and the loss scale; returns the sum of its losses, detached."""
@@ -136,31 +122,16 @@ class NativeEngine(EngineBase):
         if self._zero_stage:
             for parameter, part in zip(self._parameters, self._local, strict=True):
                 part.grad = None if parameter.grad is None else local(parameter.grad)
-        gradients = [p.grad for p in self._local if p.grad is not None]
-        # What get_total_norm and clip_grads_with_norm_ of torch.nn.utils compute, without their sorting by device and
-        # dtype, which on a CPU takes longer than the norms of a small model.
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        if self._zero_stage:
-            assert self.world.mesh is not None
-            squared = norm.square()
-            dist.all_reduce(squared, group=self.world.mesh.get_group("shard"))
-            norm = squared.sqrt()
-        factor: torch.Tensor | None = None
-        if self._scaler is not None:
-            norm = norm / self._scaler.scale
-            factor = self._scaler.scale.reciprocal()
-        if self._clip_norm is not None:
-            clipping = (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            factor = clipping if factor is None else factor * clipping
-        if factor is not None:
-            torch._foreach_mul_(gradients, factor)
-        return norm, torch.isfinite(norm).logical_not().float()
+        return clip_gradients(
+            [p.grad for p in self._local if p.grad is not None],
+            clip_norm=self._clip_norm,
+            loss_scale=None if self._scaler is None else self._scaler.scale,
+            shard_group=self.world.mesh.get_group("shard") if self.world.mesh and self._zero_stage else None,
+        )
 
     def _update(self, lr: float, skipped: torch.Tensor) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        # The fused kernels leave weights, state and update count alone where `found_inf` is 1: a skip without a host sync.
-        self._optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        set_learning_rate(self._optimizer, lr)
+        leave_out(self._optimizer, skipped)
         self._optimizer.step()
         if self._scaler is not None:
             self._scaler.update(skipped)

@@ -13,10 +13,12 @@ from distrib.config import OptimizerConfig
 STATE_TENSORS: dict[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
-def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: OptimizerConfig, parameters: Iterable[nn.Parameter], *, with_state: bool = True
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) or SGD, fused: tensors of two or
     more axes are decayed, the others (biases, norm weights) are not. The state of every parameter exists on return, so that
-    running out of memory shows before the first step.
+    running out of memory shows before the first step; `with_state=False` leaves that to `materialise_state`.
     """
     by_decay: dict[float, list[nn.Parameter]] = {}  # one group, and one kernel, where nothing is decayed
     for parameter in parameters:
@@ -29,20 +31,32 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
         optimizer = torch.optim.SGD(
             groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
         )
-    _materialise_state(optimizer, config)
+    if with_state:
+        materialise_state(optimizer, config, [p for group in optimizer.param_groups for p in group["params"]])
     return optimizer
 
 
-def _materialise_state(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
+def materialise_state(
+    optimizer: torch.optim.Optimizer, config: OptimizerConfig, parameters: Iterable[torch.Tensor]
+) -> None:
+    """Makes the state that the optimizer keeps for `parameters`, as it is before the first step."""
     # Zeros are what AdamW starts from, and a zero momentum buffer gives SGD's first step (0 * momentum + gradient).
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        if config.kind == "adamw":
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        for name in names_of_state(config):
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def names_of_state(config: OptimizerConfig) -> tuple[str, ...]:
+    """What the optimizer keeps for each parameter, but the update count."""
+    return STATE_TENSORS[config.kind] if config.kind == "adamw" or config.momentum > 0 else ()
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if config.kind == "adamw":
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            if config.kind == "adamw" or config.momentum > 0:
-                for name in STATE_TENSORS[config.kind]:
-                    state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        group["lr"] = learning_rate
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from data.plan import Plan, Segment
 from data.prepare import prepare
 from data.stream import Stream, evaluation_batches
 from distrib.checkpoint import Checkpoint, load_tensors, newest_good_checkpoint, open_checkpoint
-from distrib.engine import EngineSetup
+from distrib.engine import CanonicalState, EngineSetup
 from distrib.engines import make_engine
 from distrib.manifest import remove_temporaries, write_durably
 from distrib.world import World
@@ -37,7 +37,7 @@ from launch.summary import tell_summary
 from launch.together import on_rank_zero, together
 from launch.tracking.tracking import Tracking
 from launch.worker_log import start_logging
-from models.flops import FLOP_CONVENTION, count_parameters, peak_flops, training_flops_per_sample
+from models.flops import FLOP_CONVENTION, peak_flops, training_flops_per_sample
 
 log = logging.getLogger("lockstep")
 _PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -152,8 +152,9 @@ def _take_over(attempt: Attempt, checkpoint: Checkpoint, *, allow_change: bool) 
             f"run.steps={config.run.steps}: {checkpoint.path} has done {engine_scalars['steps_done']} already; "
             "raise run.steps, or resume from an earlier checkpoint"
         )
-    load_tensors(checkpoint, engine.canonical_state().tensors, attempt.world)
-    engine.load_scalars(engine_scalars)
+    tensors = engine.canonical_state().tensors
+    load_tensors(checkpoint, tensors, attempt.world)
+    engine.load_state(CanonicalState(tensors, engine_scalars))
     attempt.ledger = Ledger(**checkpoint.scalars["ledger"])
     attempt.plan = _continue_plan(attempt, Plan.from_json(json.dumps(checkpoint.scalars["plan"])), checkpoint.path)
     attempt.resumed_from, attempt.saved_step = checkpoint.path, attempt.ledger.step
@@ -287,7 +288,7 @@ def _make_meter(attempt: Attempt) -> Meter:
     batch, largest_part = config.batch, -(-config.batch.global_samples // world.data_size)
     accumulation = -(-largest_part // batch.micro_samples)
     attempt.say(
-        f"model {config.model.kind}: {count_parameters(attempt.engine.module):,} parameters, "
+        f"model {config.model.kind}: {attempt.engine.parameter_count:,} parameters, "
         + (
             "FLOPs unknown"
             if flops_per_item is None

@@ -25,6 +25,7 @@ from distrib.checkpoint import (
     save_checkpoint,
 )
 from distrib.config import CheckpointConfig, OptimizerConfig
+from distrib.engine import CanonicalState
 from distrib.manifest import BadCheckpoint, published_checkpoints, remove_temporaries
 from distrib.native import NativeEngine
 from distrib.world import World, single_process_world
@@ -49,8 +50,9 @@ def save(engine: NativeEngine, root: Path, step: int, config: CheckpointConfig =
 
 def load(engine: NativeEngine, path: Path) -> None:
     checkpoint = open_checkpoint(path, engine.world)
-    load_tensors(checkpoint, engine.canonical_state().tensors, engine.world)
-    engine.load_scalars(checkpoint.scalars["engine"])
+    tensors = engine.canonical_state().tensors
+    load_tensors(checkpoint, tensors, engine.world)
+    engine.load_state(CanonicalState(tensors, checkpoint.scalars["engine"]))
 
 
 def _train_and_save(world: World, root: str, optimizer: OptimizerConfig) -> dict[str, torch.Tensor]:

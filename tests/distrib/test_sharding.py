@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from distrib.capabilities import count_shards
 from distrib.checkpoint import load_tensors, open_checkpoint, save_checkpoint
 from distrib.config import CheckpointConfig, OptimizerConfig, ParallelConfig
+from distrib.engine import CanonicalState
 from distrib.native import NativeEngine
 from distrib.sharding import local
 from distrib.world import World, single_process_world, world_of_group
@@ -145,8 +146,9 @@ def save_step(engine: NativeEngine, root: str, step: int) -> None:
 
 def load_step(engine: NativeEngine, root: str, step: int) -> None:
     checkpoint = open_checkpoint(Path(root) / f"step-{step:08d}", engine.world)
-    load_tensors(checkpoint, engine.canonical_state().tensors, engine.world)
-    engine.load_scalars(checkpoint.scalars["engine"])
+    tensors = engine.canonical_state().tensors
+    load_tensors(checkpoint, tensors, engine.world)
+    engine.load_state(CanonicalState(tensors, checkpoint.scalars["engine"]))
 
 
 def _load_and_save(world: World, zero_stage: int, replicas: int, root: str, again: str) -> None:
