@@ -29,6 +29,14 @@ ENGINES: dict[str, Capabilities] = {
         compile=True,
         hybrid=True,
     ),
+    "accelerate": Capabilities(
+        zero_stages=frozenset({0}),
+        precisions=frozenset({"fp32", "bf16", "fp16"}),
+        activation_checkpointing=frozenset({"none", "selective", "full"}),
+        offload=frozenset({"none"}),
+        compile=True,
+        hybrid=False,
+    ),
 }
 
 # One row per option: the key, how to read what was asked for, and whether an engine can do it.

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
+
 from distrib.engine import Engine, EngineSetup
+
+# The module and class of each engine. Each is imported only when it is used, and the package that it is made of with it.
+_ENGINES = {
+    "native": ("distrib.native", "NativeEngine", "torch"),
+    "accelerate": ("distrib.accelerate_engine", "AccelerateEngine", "accelerate"),
+}
 
 
 def make_engine(setup: EngineSetup) -> Engine:
-    """The engine that `setup.parallel.engine` names. Each is imported only when it is used."""
-    assert setup.parallel.engine == "native"
-    from distrib.native import NativeEngine
-
-    return NativeEngine(setup)
+    """The engine that `setup.parallel.engine` names. Raises ValueError where the package that it is made of is missing."""
+    module, engine_class, package = _ENGINES[setup.parallel.engine]
+    try:
+        engine: Engine = getattr(importlib.import_module(module), engine_class)(setup)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise ValueError(
+            f"parallel.engine={setup.parallel.engine} needs the package {package}, which is not installed; "
+            f"install it (pip install {package}), or use parallel.engine=native"
+        ) from None
+    return engine

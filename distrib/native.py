@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from distrib.gradients import clip_gradients, leave_out
 from distrib.initialisation import make_initialised_model, make_sharded_model
 from distrib.model_state import model_tensors
 from distrib.optimizer import make_optimizer, set_learning_rate, state_tensors
+from distrib.replication import DDP_OPTIONS, quiet_ddp
 from distrib.sharding import communicate, like, local, settle, shard
 from distrib.world import World
 
@@ -151,16 +151,7 @@ class NativeEngine(EngineBase):
 
 
 def _replicate(module: nn.Module, world: World, *, find_unused_parameters: bool = False) -> nn.Module:
-    # A convolution with one input channel has two equal descriptions of its strides; DDP warns that they differ.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    with warnings.catch_warnings():
-        # Newer versions rename `broadcast_buffers`; the oldest supported one knows no other name.
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-        # Buffers are not broadcast: a step must not depend on rank 0's running statistics.
+    with quiet_ddp():
         return DistributedDataParallel(
-            module,
-            process_group=world.data_group,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,
-            find_unused_parameters=find_unused_parameters,
+            module, process_group=world.data_group, find_unused_parameters=find_unused_parameters, **DDP_OPTIONS
         )

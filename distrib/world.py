@@ -126,6 +126,12 @@ def leave_world(world: World) -> None:
 def _read_launcher_variables() -> tuple[int, int, int]:
     present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
     if "RANK" not in present and "WORLD_SIZE" not in present:
+        # `accelerate launch` sets these two together only where it was asked for several processes and starts one.
+        if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in present:
+            raise ValueError(
+                "`accelerate launch` was asked for several processes and started one, as it does with --cpu; "
+                "give it --multi_gpu (on a CPU too) in place of --cpu, or start with `lockstep train --workers N`"
+            )
         return 0, 1, 0
     missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
     if missing:
