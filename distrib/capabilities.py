@@ -1,4 +1,5 @@
-"""What each engine can do, in one table: the check before a run and the text a user reads come from here. Imports no torch."""
+"""What each engine can do, in one table: the check before a run and the text that `lockstep engines` prints come from here.
+Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,6 +19,10 @@ class Capabilities:
     offload: frozenset[str]
     compile: bool
     hybrid: bool
+    launchers: tuple[str, ...] = ()
+    """What the end-to-end tests start it with."""
+    not_run: tuple[str, ...] = ("GPUs", "several hosts")
+    """What nobody has run yet. Everything else is run by the test suite, on CPUs."""
 
 
 ENGINES: dict[str, Capabilities] = {
@@ -28,6 +33,7 @@ ENGINES: dict[str, Capabilities] = {
         offload=frozenset({"none"}),
         compile=True,
         hybrid=True,
+        launchers=("lockstep train", "python -m launch.train", "torchrun", "accelerate launch"),
     ),
     "accelerate": Capabilities(
         zero_stages=frozenset({0}),
@@ -36,6 +42,8 @@ ENGINES: dict[str, Capabilities] = {
         offload=frozenset({"none"}),
         compile=True,
         hybrid=False,
+        launchers=("lockstep train", "accelerate launch"),
+        not_run=("GPUs", "several hosts", "sharding by Accelerate"),
     ),
 }
 
@@ -52,6 +60,9 @@ _OPTIONS: tuple[tuple[str, Callable[[ParallelConfig], object], Callable[[Capabil
     ("compile", lambda p: str(p.compile).lower(), lambda c, p: c.compile or not p.compile),
     ("replicas", lambda p: p.replicas, lambda c, p: p.replicas is None or (c.hybrid and p.zero_stage > 0)),
 )
+
+# The keys of the `parallel` section that an engine may or may not support, in the order of the check.
+OPTIONS = tuple(key for key, _, _ in _OPTIONS)
 
 
 def refuse_unsupported(parallel: ParallelConfig) -> None:

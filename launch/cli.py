@@ -87,6 +87,14 @@ def _make_parser() -> argparse.ArgumentParser:
     report.add_argument("run_directories", type=Path, nargs="+", metavar="RUN")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run")
     report.set_defaults(run=_report)
+
+    engines = commands.add_parser(
+        "engines",
+        allow_abbrev=False,
+        help="what each engine can do, and what of it has been run",
+        description="The values of the recipe's section `parallel` that each engine takes, and what of it has been run.",
+    )
+    engines.set_defaults(run=_engines)
     return parser
 
 
@@ -172,6 +180,13 @@ def _report(arguments: argparse.Namespace) -> int:
     from launch.report import build_report
 
     print(build_report(arguments.run_directories, arguments.out))
+    return 0
+
+
+def _engines(arguments: argparse.Namespace) -> int:
+    from distrib.engine_table import format_table
+
+    print(format_table())
     return 0
 
 

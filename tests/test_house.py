@@ -32,6 +32,7 @@ WITHOUT_TORCH = (
     "launch.train",
     "data.prepare",
     "distrib.capabilities",
+    "distrib.engine_table",
     "distrib.manifest",
 )
 CONFIGS = ("data.config", "distrib.config", "models.config", "launch.config", "launch.tracking.config")

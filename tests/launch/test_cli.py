@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 LOCKSTEP = Path(sys.executable).parent / "lockstep"
-COMMANDS = ("train", "prepare", "evaluate", "generate", "report")
+COMMANDS = ("train", "prepare", "evaluate", "generate", "report", "engines")
 
 
 def run(*arguments: object, cwd: Path, command: tuple[object, ...] = (LOCKSTEP,)) -> subprocess.CompletedProcess[str]:

@@ -141,6 +141,17 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "precision that is not there": (GOOD, ["parallel.precision=fp8"], ["parallel.precision=fp8", "'bf16' or 'fp16'"]),
     "offload": (GOOD, ["parallel.offload=optimizer"], ["parallel.offload=optimizer", "native"]),
     "replicas": (GOOD, ["parallel.replicas=2"], ["parallel.replicas=2", "native"]),
+    "sharding by accelerate": (
+        GOOD, ["parallel.engine=accelerate", "parallel.zero_stage=2"],
+        ["parallel.zero_stage=2", "parallel.engine=accelerate", "engines that can: ", "native"],
+    ),
+    "copies of a sharded model by accelerate": (
+        GOOD, ["parallel.engine=accelerate", "parallel.replicas=2"], ["parallel.replicas=2", "parallel.engine=accelerate"],
+    ),
+    "offload by accelerate": (
+        GOOD, ["parallel.engine=accelerate", "parallel.offload=optimizer"],
+        ["parallel.offload=optimizer", "parallel.engine=accelerate"],
+    ),
     "activation checkpointing": (
         GOOD, ["parallel.activation_checkpointing=partial"], ["activation_checkpointing=partial", "'full'"],
     ),
