@@ -32,7 +32,7 @@ class NativeEngine(EngineBase):
     def __init__(self, setup: EngineSetup) -> None:
         super().__init__(setup)
         world, parallel = setup.world, setup.parallel
-        self._zero_stage = parallel.zero_stage if world.size > 1 else 0
+        self._zero_stage = parallel.zero_stage if world.mesh is not None else 0
         # Autocast's copies would outlive the weights that sharding frees after use.
         self._keep_casts = not self._zero_stage
         self._module = self._make_module(setup)

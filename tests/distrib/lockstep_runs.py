@@ -197,13 +197,16 @@ def lockstep_curves(world: World, layout: Layout, kind: str, optimizer: str) -> 
     }
 
 
-def lockstep_curve(world: World, layout: Layout, kind: str, optimizer: str, accumulation: int, precision: str) -> Curve:
-    """Every rank calls it."""
+def lockstep_curve(
+    world: World, layout: Layout, kind: str, optimizer: str, accumulation: int, precision: str, **options: Any
+) -> Curve:
+    """Every rank calls it. `options`: further keys of the recipe's parallel section."""
     parallel = ParallelConfig(
         engine=layout.engine,
         zero_stage=layout.zero_stage,
         replicas=layout.replicas if layout.replicas > 1 else None,
         precision=precision,
+        **options,
     )
     world = laid_out(world, parallel)
     dataset = DATASETS[kind]()

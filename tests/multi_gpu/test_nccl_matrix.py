@@ -1,0 +1,23 @@
+"""The lockstep matrix over NCCL: what `make test-all` runs over gloo, on as many GPUs as there are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distrib.lockstep_runs import DATASETS, OPTIMIZERS, Layout, lockstep_curves
+from tests.distrib.test_lockstep_matrix import LAYOUTS, check
+from tests.worker_pool import WorkerPool
+
+# Layouts that need more GPUs than there are stay out of the collection, and are counted as not run by nobody.
+FITTING = [layout for layout in LAYOUTS if 1 < layout.world_size <= torch.cuda.device_count()]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("kind", DATASETS)
+@pytest.mark.parametrize("layout", FITTING, ids=lambda layout: f"{layout.name}, world {layout.world_size}")
+def test_the_whole_matrix(nccl_pool: WorkerPool, layout: Layout, kind: str, optimizer: str) -> None:
+    answers = nccl_pool.run(lockstep_curves, layout.world_size, layout, kind, optimizer)
+    assert all(curves == answers[0] for curves in answers), "ranks must report the same numbers"
+    for (precision, _), curve in answers[0].items():
+        check(curve, kind, optimizer, precision)
