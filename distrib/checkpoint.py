@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,8 @@ def save_checkpoint(
     config: CheckpointConfig,
     world: World,
 ) -> Path:
-    """Writes, verifies nothing half-done is visible, publishes, and retires old ones. All ranks call it together.
+    """Writes, verifies nothing half-done is visible, publishes, and retires old ones. All ranks call it together, each from
+    one thread; `world` must be that thread's (`World.in_save_thread`).
 
     `scalars` go to state.json beside the engine's; `fields` to the manifest. Raises SaveFailed on every rank.
     """
@@ -72,8 +72,8 @@ def save_checkpoint(
     writer = SafetensorsWriter(temporary)
     failure: str | None = None
     try:
-        with _quiet():
-            dcp.save(state.tensors, storage_writer=writer, process_group=world.host_group, no_dist=world.size == 1)
+        _expect_to_be_alone()
+        dcp.save(state.tensors, storage_writer=writer, process_group=world.host_group, no_dist=world.size == 1)
     except CheckpointException as error:
         failure = _first_failure(error, root)
     except OSError as error:
@@ -156,16 +156,14 @@ def load_tensors(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], world
     difference = _describe_difference(wanted, {n: s for n, s in stored.items() if n.split(".", 1)[0] in groups})
     if difference:
         raise ValueError(f"{checkpoint.path}: not a checkpoint of this model and optimizer: {difference}")
-    with _quiet():
-        dcp.load(tensors, storage_reader=reader, process_group=world.host_group, no_dist=world.size == 1)
+    _expect_to_be_alone()
+    dcp.load(tensors, storage_reader=reader, process_group=world.host_group, no_dist=world.size == 1)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warning that a single process saves alone, which is what was asked for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _expect_to_be_alone() -> None:
+    """Silences the warning that a single process saves alone, which is what was asked for. For good: to put the filters back
+    afterwards, in a thread, would undo what other threads have set meanwhile."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def _describe_difference(wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]) -> str:

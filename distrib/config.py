@@ -80,6 +80,9 @@ class CheckpointConfig(_Section):
 
     every_steps: int | None = Field(default=500, ge=1)
     """Steps between checkpoints; null: only at the end and on a request to stop."""
+    asynchronous: bool = True
+    """Training waits only until its state is copied to host memory, and goes on while a thread writes the copy. It costs
+    host memory for one copy of what a rank holds, from the first save on; at ZeRO stage 0 that is the whole state."""
     keep_last: int = Field(default=2, ge=2)
     keep_every_steps: int | None = Field(default=None, ge=1)
     """Checkpoints at multiples of this are never deleted."""

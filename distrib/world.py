@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -31,6 +31,8 @@ class World:
     """A gloo group for host-side exchanges of the main thread (checkpoints, agreement)."""
     prefetch_group: Any | None
     """A gloo group of the prefetch thread's own: two threads must never share a group."""
+    save_group: Any | None
+    """A gloo group of the saving thread's own."""
 
     @property
     def data_rank(self) -> int:
@@ -68,6 +70,10 @@ class World:
         dist.all_gather_object(values, value, group=self.host_group)
         return values
 
+    def in_save_thread(self) -> World:
+        """This world for the thread that saves beside training: its host-side exchanges go over that thread's own group."""
+        return replace(self, host_group=self.save_group)
+
     def sum_in_prefetch_thread(self, values: list[int]) -> list[int]:
         """Element-wise sum over the data ranks; for the prefetch thread only."""
         total = torch.tensor(values, dtype=torch.int64)
@@ -89,7 +95,7 @@ def join_world(device_kind: str = "auto", parallel: ParallelConfig | None = None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size == 1:
-        return World(0, 1, 0, device, None, None, None)
+        return _world_alone(device)
     timeout = timedelta(seconds=parallel.timeout_seconds)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
@@ -106,14 +112,17 @@ def world_of_group(local_rank: int, device: torch.device, timeout: timedelta, sh
     """The world of the default process group, which must exist: its mesh and the groups that threads need for themselves."""
     size = dist.get_world_size()
     mesh = init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
-    host_group = dist.new_group(backend="gloo", timeout=timeout)
-    prefetch_group = dist.new_group(backend="gloo", timeout=timeout)
-    return World(dist.get_rank(), size, local_rank, device, mesh, host_group, prefetch_group)
+    host_group, prefetch_group, save_group = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(3))
+    return World(dist.get_rank(), size, local_rank, device, mesh, host_group, prefetch_group, save_group)
 
 
 def single_process_world(device_kind: str = "auto") -> World:
     """This process alone, whatever a launcher set."""
-    return World(0, 1, 0, _choose_device(device_kind, 0), None, None, None)
+    return _world_alone(_choose_device(device_kind, 0))
+
+
+def _world_alone(device: torch.device) -> World:
+    return World(0, 1, 0, device, mesh=None, host_group=None, prefetch_group=None, save_group=None)
 
 
 def leave_world(world: World) -> None:

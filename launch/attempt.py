@@ -6,28 +6,32 @@ import json
 import logging
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.plan import Plan
 from data.steps import sample_ids_of_step
 from data.stream import evaluation_batches
-from distrib.checkpoint import SaveFailed, save_checkpoint
 from distrib.engine import Engine
+from distrib.saving import SaveOutcome, Saver
 from distrib.world import World
 from launch.config import RunConfig
 from launch.console import Progress
+from launch.ending import Ending
 from launch.exit_codes import DO_NOT_RESTART, RunEnded
 from launch.ledger import Ledger
 from launch.materials import Materials
 from launch.recipe import hash_recipe
 from launch.run_directory import RunDirectory
 from launch.stopping import StopRequest
+from launch.tracking.metrics_file import STALL_KEY
 from launch.tracking.tracking import Tracking
 
 log = logging.getLogger("lockstep")
 _SHOWN_IDS = 8
+# How long a run that fails waits for the save in flight: longer only where the state of a rank is very large.
+_LAST_SAVE_SECONDS = 60.0
 
 
 @dataclass
@@ -45,11 +49,19 @@ class Attempt:
     progress: Progress | None = None
     tracking: Tracking | None = None
     resumed_from: Path | None = None
+    saver: Saver = field(init=False)
     saved_step: int | None = None
+    """The last step whose checkpoint is known to be published."""
     save_failure: str | None = None
+    """Why the last save failed, if it did."""
+    checkpoint_stalls: list[float] = field(default_factory=list)
+    """Seconds that training waited, for every save."""
     evaluated_step: int | None = None
     first_evaluation: dict[str, float] | None = None
     last_evaluation: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.world, self.config.checkpoint, self._tell_save)
 
     def say(self, text: str) -> None:
         """A line for the person who watches; rank 0 speaks, every rank logs."""
@@ -110,36 +122,54 @@ class Attempt:
         self.say(f"evaluation after step {self.ledger.step}: {format_metrics(metrics)}")
 
     def save(self) -> None:
-        """Publishes a checkpoint of the last committed step; a failure is told, and fails the run only at its end."""
+        """Begins to save the last committed step, once the save before is finished."""
         begun = time.perf_counter()
-        try:
-            path = save_checkpoint(
-                self.run.checkpoints,
-                self.engine.canonical_state(),
-                step=self.ledger.step,
-                scalars={
-                    "ledger": self.ledger.as_scalars(),
-                    "plan": json.loads(self.plan.to_json()),
-                    "first_evaluation": self.first_evaluation,
-                },
-                fields={
-                    "world": self.world.size,
-                    "engine": self.config.parallel.engine,
-                    "position": self.ledger.position,
-                    "digest": self.ledger.digest,
-                    "plan": self.plan.hash,
-                    "recipe": hash_recipe(self.config),
-                    "wandb_run_id": self.run.identity["wandb_run_id"],
-                },
-                config=self.config.checkpoint,
-                world=self.world,
-            )
-        except SaveFailed as error:
-            self.save_failure = str(error)
-            self.say(f"checkpoint of step {self.ledger.step} not saved: {error}")
-            return
-        self.saved_step, self.save_failure = self.ledger.step, None
-        log.info("saved %s in %.3f s", path, time.perf_counter() - begun)
+        self.finish_save()
+        self.saver.begin(
+            self.run.checkpoints,
+            self.engine.canonical_state(),
+            step=self.ledger.step,
+            scalars={
+                "ledger": self.ledger.as_scalars(),
+                "plan": json.loads(self.plan.to_json()),
+                "first_evaluation": self.first_evaluation,
+            },
+            fields={
+                "world": self.world.size,
+                "engine": self.config.parallel.engine,
+                "position": self.ledger.position,
+                "digest": self.ledger.digest,
+                "plan": self.plan.hash,
+                "recipe": hash_recipe(self.config),
+                "wandb_run_id": self.run.identity["wandb_run_id"],
+            },
+        )
+        if not self.config.checkpoint.asynchronous:
+            self.finish_save()
+        stall_seconds = time.perf_counter() - begun
+        log.info("checkpoint of step %d: training waited %.3f s", self.ledger.step, stall_seconds)
+        self.checkpoint_stalls.append(stall_seconds)
+        if self.tracking is not None:
+            self._track({"step": self.ledger.step, "attempt": self.run.attempt, STALL_KEY: stall_seconds})
+
+    def finish_save(self) -> None:
+        """Waits for the save in flight. Here the ranks learn how it ended; a failure fails the run only at its end."""
+        outcome = self.saver.finish()
+        if outcome is not None:
+            self.save_failure = outcome.failure
+            self.saved_step = self.saved_step if outcome.failure else outcome.step
+
+    def abandon_save(self, ending: Ending, *, at_once: bool) -> None:
+        """Lets a save in flight come to its end where this run fails: all that it needs is there, unless a worker is gone."""
+        wait_seconds = 0.0 if at_once or ending.peer_lost else _LAST_SAVE_SECONDS
+        if not self.saver.abandon(wait_seconds):
+            log.warning("a checkpoint was still being written; the one before is the newest")
+
+    def _tell_save(self, outcome: SaveOutcome) -> None:
+        if outcome.failure is None:
+            log.info("checkpoint of step %d: saved in %.3f s", outcome.step, outcome.seconds)
+        else:
+            self.say(f"checkpoint of step {outcome.step} not saved: {outcome.failure}")
 
     def _track(self, record: dict[str, Any]) -> None:
         assert self.tracking is not None

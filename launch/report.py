@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from launch.exit_codes import DO_NOT_RESTART, DONE, STOPPED_EARLY
 from launch.report_curves import BUCKETS, SERIES_COLOURS, Chart, Curve, column, draw, scientific, short
-from launch.tracking.metrics_file import read_metrics
+from launch.tracking.metrics_file import STALL_KEY, read_checkpoint_stalls, read_metrics
 
 # What a page shows of long lists and texts; the rest is in the run's files, and the page says so.
 _SAMPLES_SHOWN = 12
@@ -36,6 +36,7 @@ class Run:
     samples: list[dict[str, Any]]
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    checkpoint_stalls: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -83,6 +84,7 @@ def _read_run(directory: Path) -> Run:
         samples=_read_samples(directory / "samples.jsonl", notes),
         steps=steps,
         evaluations=evaluations,
+        checkpoint_stalls=read_checkpoint_stalls(directory),
         notes=notes,
     )
 
@@ -166,6 +168,11 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
     if np.nansum(seconds) > 0:
         facts.append(("Time in steps", duration(float(np.nansum(seconds))), _last_attempt(run)))
         facts.append(("Data wait", f"{np.nansum(waits) / np.nansum(seconds):.1%}", "of the time in steps"))
+    stalls = column(run.checkpoint_stalls, STALL_KEY)
+    if len(stalls):
+        total, count = float(np.nansum(stalls)), len(stalls)
+        share = f"{total / (total + np.nansum(seconds)):.1%} of the time in steps and saves"
+        facts.append(("Waited for checkpoints", duration(total), f"{count} save{'s' if count > 1 else ''}, {share}"))
     memory = column(run.steps, "peak_memory_bytes")
     if np.isfinite(memory).any():
         facts.append(("Peak memory", f"{np.nanmax(memory) / 2**30:.2f} GiB", "rank 0"))
@@ -278,6 +285,7 @@ def _charts(runs: list[Run]) -> list[dict[str, Any]]:
         chart("Gradient norm", _training(runs, "gradient_norm"), log_allowed=True),
         from_zero(f"Throughput, {_items(runs)} per second", _training(runs, "items_per_second"), format_value=short),
         from_zero("Data wait, % of the step", _data_wait(runs)),
+        from_zero("Wait for a checkpoint, seconds", _stalls(runs)),
         from_zero("Peak memory of rank 0, GiB", _training(runs, "peak_memory_bytes", 2.0**-30)),
         from_zero("MFU, %", _training(runs, "mfu", 100.0)),
     ]
@@ -304,6 +312,13 @@ def _data_wait(runs: list[Run]) -> list[Curve]:
     seconds, waits = _training(runs, "step_seconds"), _training(runs, "data_wait_seconds", 100.0)
     with np.errstate(divide="ignore", invalid="ignore"):  # what is not finite is not drawn
         return [replace(wait, values=wait.values / time.values) for wait, time in zip(waits, seconds, strict=True)]
+
+
+def _stalls(runs: list[Run]) -> list[Curve]:
+    return [
+        Curve(_steps(run.checkpoint_stalls), column(run.checkpoint_stalls, STALL_KEY), index)
+        for index, run in enumerate(runs)
+    ]
 
 
 def _evaluation(runs: list[Run], name: str) -> list[Curve]:

@@ -28,6 +28,9 @@ def tell_summary(attempt: Attempt) -> None:
     if sample is not None:
         _keep_sample(attempt, sample)
         lines += ["", "a sample of its text:", attempt.config.evaluation.prompt + sample]
+    if attempt.checkpoint_stalls:
+        saves, seconds = len(attempt.checkpoint_stalls), sum(attempt.checkpoint_stalls)
+        lines += ["", f"checkpoints: {saves} saved, training waited {seconds:.3g} s for them"]
     lines += [
         "",
         f"everything lies in {path}: {', '.join(sorted(p.name + '/' * p.is_dir() for p in path.iterdir()))}",

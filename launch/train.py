@@ -18,6 +18,8 @@ from launch.stopping import StopRequest
 
 SUPERVISOR_PIPE = "LOCKSTEP_SUPERVISOR_PIPE"
 """A file descriptor that reads as ended when the supervisor is gone, however it went."""
+_THREADS_THAT_TALK = ("lockstep-save", "lockstep-prefetch")
+"""Names of threads that exchange data with other workers, and may wait for one that is gone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,11 +68,21 @@ def run_worker(config: RunConfig, resume: Resume, *, allow_change: bool) -> int:
             print(f"lockstep: error: {ending.reason}", file=sys.stderr, flush=True)
         if ending.told_by_all:
             leave_world(world)
+        _end_without_waiting_threads(ending.exit_code)
         return ending.exit_code
     if world.rank == 0 and ending.exit_code:
         print(f"lockstep: {ending.reason}", file=sys.stderr, flush=True)
     leave_world(world)
     return ending.exit_code
+
+
+def _end_without_waiting_threads(exit_code: int) -> None:
+    """Ends the process here where a thread still waits for another worker. The interpreter's own end would pull it out of
+    gloo by force, which aborts the process, and the exit code would be lost."""
+    if any(thread.name in _THREADS_THAT_TALK for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
 
 
 def _end_with_supervisor() -> None:

@@ -67,6 +67,8 @@ def run_attempt(
     except BaseException as error:
         ending = ending_of_failure(error)
         log.error("%s", ending.reason, exc_info=not ending.expected)
+        if attempt is not None:
+            attempt.abandon_save(ending, at_once=isinstance(error, KeyboardInterrupt))
         raise
     finally:
         _close(attempt)
@@ -257,11 +259,12 @@ def _train(attempt: Attempt) -> None:
         )
     finally:
         stream.close()
-    if ledger.step == config.run.steps:
-        if attempt.evaluated_step != ledger.step:
-            attempt.evaluate()
-        if attempt.save_failure is None:
-            tell_summary(attempt)
+    done = ledger.step == config.run.steps
+    if done and attempt.evaluated_step != ledger.step:
+        attempt.evaluate()
+    attempt.finish_save()
+    if done and attempt.save_failure is None:
+        tell_summary(attempt)
 
 
 def _example_micro_batch(attempt: Attempt) -> Any:

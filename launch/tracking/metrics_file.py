@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 FILE_NAME = "metrics.jsonl"
+STALL_KEY = "checkpoint_stall_seconds"
+"""In a line of its own for every save: how long training waited for it, and for the one before to be written."""
 
 
 class MetricsFile:
@@ -56,11 +58,21 @@ def read_metrics(run_directory: Path) -> tuple[list[dict[str, Any]], list[dict[s
     was torn by a crash and is dropped; any other broken line raises ValueError with its number. A run that has not
     written a line yet has two empty lists.
     """
+    lines = _last_lines(run_directory)
+    return lines["step"], lines["evaluation"]
+
+
+def read_checkpoint_stalls(run_directory: Path) -> list[dict[str, Any]]:
+    """The records of how long training waited for each save, sorted by step; read as `read_metrics` reads."""
+    return _last_lines(run_directory)["stall"]
+
+
+def _last_lines(run_directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """Of each kind of record (step, evaluation, stall) the last line of every step, sorted by step."""
     path = run_directory / FILE_NAME
-    steps: dict[int, dict[str, Any]] = {}
-    evaluations: dict[int, dict[str, Any]] = {}
+    kinds: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "evaluation": {}, "stall": {}}
     if not path.exists():
-        return [], []
+        return {kind: [] for kind in kinds}
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             record = _parse(line)
@@ -71,8 +83,9 @@ def read_metrics(run_directory: Path) -> tuple[list[dict[str, Any]], list[dict[s
                     f"{path}: line {number} is not a JSON object with a whole-number `step`; "
                     "restore the file or delete that line"
                 )
-            (evaluations if "evaluation" in record else steps)[record["step"]] = record
-    return [steps[step] for step in sorted(steps)], [evaluations[step] for step in sorted(evaluations)]
+            kind = "evaluation" if "evaluation" in record else "stall" if STALL_KEY in record else "step"
+            kinds[kind][record["step"]] = record
+    return {kind: [records[step] for step in sorted(records)] for kind, records in kinds.items()}
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.tracking.config import TrackingConfig
-from launch.tracking.metrics_file import MetricsFile
+from launch.tracking.metrics_file import STALL_KEY, MetricsFile
 from launch.tracking.tracker_process import TrackerProcess
 
 
@@ -50,9 +50,10 @@ class Tracking:
         return self._wandb.url if self._wandb is not None else None
 
     def log(self, record: dict[str, Any]) -> None:
-        """Record a step or an evaluation; keys as in the design's `metrics.jsonl`. Only numbers go to the trackers."""
+        """Record a step, an evaluation or the wait for a save. Only numbers go to the trackers."""
         self._metrics.append(record)
-        if self._trackers and ("evaluation" in record or record["step"] % self._every_steps == 0):
+        rare = "evaluation" in record or STALL_KEY in record
+        if self._trackers and (rare or record["step"] % self._every_steps == 0):
             numbers = _numbers(record)
             for tracker in self._trackers:
                 tracker.log(numbers)

@@ -297,17 +297,13 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_not_fail_the_save(
     assert "an old checkpoint could not be deleted (Not a directory)" in caplog.text
 
 
-def test_a_kill_at_any_moment_of_a_save_never_shows_a_half_checkpoint(tmp_path: Path) -> None:
-    """Kills a process that saves step after step, again and again; whatever is published verifies."""
-    script = (
-        "from tests.distrib.test_checkpoint import *; root = Path(sys.argv[1]); engine = make_engine(ALONE, ADAMW_CLIPPED)\n"
-        "print('ready', flush=True)\n"
-        "for step in range(int(sys.argv[2]), 10**6): save(engine, root, step)"
-    )
+def kill_again_and_again(script: str, root: Path) -> None:
+    """Kills a process that saves step after step, four times; whatever is published verifies, the rest can be cleared.
+    The script's arguments: `root`, and the step to begin with."""
     seen = 0
     for attempt in range(4):
         process = subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path), str(1000 * attempt + 1)],
+            [sys.executable, "-c", script, str(root), str(1000 * attempt + 1)],
             stdout=subprocess.PIPE,
             cwd=Path(__file__).parents[2],
         )
@@ -317,10 +313,19 @@ def test_a_kill_at_any_moment_of_a_save_never_shows_a_half_checkpoint(tmp_path: 
             process.wait(0.2 + 0.0137 * attempt)
         process.kill()
         process.wait()
-        found = published_checkpoints(tmp_path)
+        found = published_checkpoints(root)
         for path in found:
             open_checkpoint(path, ALONE)
         seen += len(found)
     assert seen
-    remove_temporaries(tmp_path)
-    assert all(path.name.startswith("step-") for path in tmp_path.iterdir())
+    remove_temporaries(root)
+    assert all(path.name.startswith("step-") for path in root.iterdir())
+
+
+def test_a_kill_at_any_moment_of_a_save_never_shows_a_half_checkpoint(tmp_path: Path) -> None:
+    script = (
+        "from tests.distrib.test_checkpoint import *; root = Path(sys.argv[1]); engine = make_engine(ALONE, ADAMW_CLIPPED)\n"
+        "print('ready', flush=True)\n"
+        "for step in range(int(sys.argv[2]), 10**6): save(engine, root, step)"
+    )
+    kill_again_and_again(script, tmp_path)
