@@ -258,8 +258,8 @@ def test_a_failing_run_waits_for_a_save_only_so_long(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_a_kill_at_any_moment_beside_training_never_shows_a_half_checkpoint(tmp_path: Path) -> None:
     script = (
-        "import sys; from tests.distrib.test_saving import *; root = Path(sys.argv[1]); engine = make_engine(ALONE, ADAMW_CLIPPED)\n"
-        "saver = saver_of(ALONE); print('ready', flush=True)\n"
+        "import sys; from tests.distrib.test_saving import *; root = Path(sys.argv[1])\n"
+        "engine = make_engine(ALONE, ADAMW_CLIPPED); saver = saver_of(ALONE); print('ready', flush=True)\n"
         "for step in range(int(sys.argv[2]), 10**6):\n"
         "    begin(saver, engine, root, step); take_step(engine, step, 7); saver.finish()"
     )

@@ -152,12 +152,13 @@ def test_a_place_that_cannot_be_written(warm: WarmProcess, recipe: Path, tmp_pat
     assert (tmp_path / "file").read_text() == "no directory"
 
 
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_no_room_for_a_checkpoint(
-    warm: WarmProcess, run: Path, recipe: Path, straight_run: Callable[..., Path]
+    warm: WarmProcess, run: Path, recipe: Path, straight_run: Callable[..., Path], asynchronous: str
 ) -> None:
     """Files may not grow beyond 100 kB, as on a full disk: training goes on, is told, and ends with 78."""
     arguments = [recipe, f"run.directory={run}", "--resume", "auto"]
-    arguments += ["run.steps=47", "--allow-change"]
+    arguments += ["run.steps=47", "--allow-change", f"checkpoint.asynchronous={asynchronous}"]
     ended = warm.worker(*arguments, cwd=run.parent, limits={resource.RLIMIT_FSIZE: 100_000})
     ended.failed_with(78, "after step 47", "no room for a checkpoint", "earlier checkpoints are intact")
     assert "checkpoint of step 45 not saved" in ended.err

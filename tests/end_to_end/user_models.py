@@ -7,7 +7,10 @@ from pathlib import Path
 SOURCE = '''
 """A user's own models: they know nothing of Lockstep but the shape they are built for."""
 
+import os
+import signal
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -66,6 +69,23 @@ class Broken(Plain):
         return super().forward(tokens).no_such_thing
 
 
+class EndsDuringSave(WithMethods):
+    """Has a large state, and ends as BREAK says once the checkpoint of step 10 is being written."""
+
+    def __init__(self, vocabulary_size, width):
+        super().__init__(vocabulary_size, width)
+        self.register_buffer("large", torch.zeros(1 << 24))
+
+    def forward(self, tokens):
+        how = os.environ.get("BREAK") if os.environ.get("RANK", "0") == os.environ.get("BREAK_RANK", "0") else None
+        if how and self.training and any(Path("run/checkpoints").glob(".tmp-step-00000010-*")):
+            if how == "mistake":
+                raise ArithmeticError("a mistake during the save")
+            for _ in range(2):
+                os.kill(os.getpid(), {"interrupt": signal.SIGINT, "kill": signal.SIGKILL}[how])
+        return super().forward(tokens)
+
+
 class WithUnused(Plain):
     """Has a parameter that no loss depends on."""
 
@@ -102,6 +122,10 @@ def build(shape, width=16):
 
 def build_with_methods(shape, width=16):
     return WithMethods(shape.vocabulary_size, width)
+
+
+def build_ends_during_save(shape, width=16):
+    return EndsDuringSave(shape.vocabulary_size, width)
 
 
 def build_with_unused(shape, width=16):
