@@ -19,7 +19,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-_DTYPE_NAMES = {
+# How PyTorch's reader learns where a piece lies in the full tensor: JSON in the file's metadata, offsets by name.
+SHARDING_KEY = "DCP_SHARDING_INFO"
+OFFSETS_KEY = "saved_offsets"
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -92,14 +95,13 @@ def _write_file(path: Path, items: list[WriteItem], planner: SavePlanner) -> dic
         assert item.tensor_data is not None
         size = _item_bytes(item)
         header[item.index.fqn] = {
-            "dtype": _DTYPE_NAMES[item.tensor_data.properties.dtype],
+            "dtype": DTYPE_NAMES[item.tensor_data.properties.dtype],
             "shape": list(item.tensor_data.chunk.sizes),
             "data_offsets": [offset, offset + size],
         }
-        # The key and form that PyTorch's reader knows: where this piece lies in the full tensor.
-        chunks[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
+        chunks[item.index.fqn] = {OFFSETS_KEY: list(item.tensor_data.chunk.offsets)}
         offset += size
-    header["__metadata__"] = {"DCP_SHARDING_INFO": json.dumps(chunks, sort_keys=True)}
+    header["__metadata__"] = {SHARDING_KEY: json.dumps(chunks, sort_keys=True)}
     encoded = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     digest = hashlib.sha256()

@@ -81,6 +81,8 @@ def _make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     generate.set_defaults(run=_generate)
 
+    _add_checkpoint_commands(commands)
+
     report = commands.add_parser(
         "report", allow_abbrev=False, help="one self-contained HTML page about one or more runs"
     )
@@ -96,6 +98,27 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     engines.set_defaults(run=_engines)
     return parser
+
+
+def _add_checkpoint_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    checkpoint = commands.add_parser(
+        "checkpoint", allow_abbrev=False, help="verify, list or export what a run has saved; alters nothing"
+    )
+    actions = checkpoint.add_subparsers(required=True, metavar="ACTION")
+    verify = actions.add_parser(
+        "verify", allow_abbrev=False, help="read every byte; exit code 78 where one is not as it was written"
+    )
+    verify.add_argument("path", type=Path, metavar="PATH", help="a checkpoint, or a run: all its checkpoints")
+    verify.set_defaults(run=_verify_checkpoints)
+    listing = actions.add_parser("list", allow_abbrev=False, help="the checkpoints of a run, without reading them")
+    listing.add_argument("run_directory", type=Path, metavar="RUN")
+    listing.set_defaults(run=_list_checkpoints)
+    export = actions.add_parser(
+        "export", allow_abbrev=False, help="the weights as safetensors files, as Hugging Face's tools read them"
+    )
+    export.add_argument("path", type=Path, metavar="PATH", help="a checkpoint, or a run: its newest good one")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a directory that is not there yet")
+    export.set_defaults(run=_export_checkpoint)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -174,6 +197,24 @@ def _generate(arguments: argparse.Namespace) -> int:
         )
     )
     return 0
+
+
+def _verify_checkpoints(arguments: argparse.Namespace) -> int:
+    from launch.checkpoints import verify
+
+    return verify(arguments.path)
+
+
+def _list_checkpoints(arguments: argparse.Namespace) -> int:
+    from launch.checkpoints import list_run
+
+    return list_run(arguments.run_directory)
+
+
+def _export_checkpoint(arguments: argparse.Namespace) -> int:
+    from launch.checkpoints import export
+
+    return export(arguments.path, arguments.out)
 
 
 def _report(arguments: argparse.Namespace) -> int:

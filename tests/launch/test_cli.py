@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 LOCKSTEP = Path(sys.executable).parent / "lockstep"
-COMMANDS = ("train", "prepare", "evaluate", "generate", "report", "engines")
+COMMANDS = ("train", "prepare", "evaluate", "generate", "checkpoint", "report", "engines")
 
 
 def run(*arguments: object, cwd: Path, command: tuple[object, ...] = (LOCKSTEP,)) -> subprocess.CompletedProcess[str]:
@@ -21,7 +21,7 @@ def test_help_lists_every_command(tmp_path: Path) -> None:
     shown = run("--help", cwd=tmp_path)
     assert shown.returncode == 0
     for command in COMMANDS:
-        assert f"\n    {command} " in shown.stdout
+        assert f"\n    {command}" in shown.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -58,6 +58,8 @@ def test_the_command_and_a_bad_recipe_import_no_torch(tmp_path: Path) -> None:
         (["evaluate", "nowhere"], "nowhere: not a run"),
         (["generate", "nowhere"], "nowhere: not a run"),
         (["report", "nowhere"], "nowhere"),
+        (["checkpoint"], "ACTION"),
+        (["checkpoint", "export", "nowhere"], "--out"),
         (["fly"], "invalid choice: 'fly'"),
         ([], "COMMAND"),
     ],

@@ -12,7 +12,9 @@ from tests.worker_pool import WorkerPool
 
 def pytest_collection_modifyitems() -> None:
     if torch.cuda.device_count() < 2:
-        pytest.exit(f"tests/multi_gpu: NOT RUN: torch sees {torch.cuda.device_count()} GPUs, two are needed", returncode=1)
+        pytest.exit(
+            f"tests/multi_gpu: NOT RUN: torch sees {torch.cuda.device_count()} GPUs, two are needed", returncode=1
+        )
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,121 @@
+"""`lockstep checkpoint verify|list|export`: what a run has saved, for people and other tools. Renames and deletes nothing.
+
+Imports torch only where tensors are read.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from distrib.manifest import (
+    MANIFEST_NAME,
+    TEMPORARY_PREFIX,
+    BadCheckpoint,
+    corrupt_checkpoints,
+    published_checkpoints,
+    read_manifest,
+    verify_files,
+)
+from launch.exit_codes import DO_NOT_RESTART, DONE
+
+_COLUMNS = ("checkpoint", "step", "position", "world", "engine", "bytes", "date", "state")
+
+
+def verify(path: Path) -> int:
+    """Reads every byte of a checkpoint, or of all checkpoints of a run, and prints a line for each. Returns an exit code."""
+    exit_code = DONE
+    for checkpoint in _checkpoints_at(path):
+        reason = _why_bad(checkpoint, contents=True)
+        if reason is None:
+            print(f"{checkpoint}: good")
+        elif not checkpoint.exists():
+            print(f"{checkpoint}: deleted by the run while it was read")
+        else:
+            print(f"{checkpoint}: BAD: {reason}")
+            exit_code = DO_NOT_RESTART
+    return exit_code
+
+
+def list_run(run_directory: Path) -> int:
+    """Prints a table of a run's checkpoints, newest first, without reading their tensors. Returns an exit code."""
+    root = run_directory / "checkpoints"
+    rows = [_row(path) for path in _checkpoints_at(run_directory)]
+    rows += [_other_row(path, "put aside: it failed verification") for path in corrupt_checkpoints(root)]
+    rows += [_other_row(path, "not published") for path in sorted(root.glob(f"{TEMPORARY_PREFIX}*"))]
+    widths = [max(len(row[column]) for row in (_COLUMNS, *rows)) for column in range(len(_COLUMNS))]
+    for row in (_COLUMNS, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"contents were not read; `lockstep checkpoint verify {run_directory}` reads them")
+    return DONE
+
+
+def export(path: Path, out: Path) -> int:
+    """Writes the weights of a checkpoint, or of a run's newest good one, for other tools. Returns an exit code."""
+    candidates = _checkpoints_at(path)
+    from distrib.checkpoint import open_checkpoint, read_newest_good
+    from distrib.export import export_weights, refuse_occupied
+    from distrib.world import single_process_world
+
+    refuse_occupied(out)
+    world = single_process_world("cpu")
+    if candidates == [path]:
+        checkpoint = open_checkpoint(path, world)
+    else:
+        found, passed_over = read_newest_good(path / "checkpoints", world)
+        for bad in passed_over:
+            print(f"passed over a checkpoint: {bad.reason}", file=sys.stderr)
+        if found is None:
+            raise BadCheckpoint(f"{path}: no good checkpoint; restore one, or train anew")
+        checkpoint = found
+    exported = export_weights(checkpoint, out)
+    print(
+        f"{out}: {exported.tensors} tensors, {exported.bytes:,} bytes in {len(exported.files)} "
+        f"file{'s' if len(exported.files) > 1 else ''}, from {checkpoint.path}"
+    )
+    return DONE
+
+
+def _checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoint at `path`, or those of the run there, newest first. Raises ValueError where there is neither."""
+    if _is_checkpoint(path):
+        return [path]
+    if not (path / "run.json").is_file():
+        raise ValueError(f"{path}: neither a checkpoint (no {MANIFEST_NAME}) nor a run (no run.json)")
+    found = published_checkpoints(path / "checkpoints")
+    if not found:
+        raise ValueError(f"{path}: no checkpoint was saved yet; train it further")
+    return found
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a checkpoint, or what is left of one, lies at `path`."""
+    return (path / MANIFEST_NAME).is_file() or any(path.glob("*.safetensors"))
+
+
+def _why_bad(checkpoint: Path, *, contents: bool) -> str | None:
+    try:
+        return verify_files(checkpoint, read_manifest(checkpoint), contents=contents)
+    except (ValueError, FileNotFoundError) as error:  # also what a newer version has written
+        return str(error)
+
+
+def _row(checkpoint: Path) -> tuple[str, ...]:
+    try:
+        manifest = read_manifest(checkpoint)
+        saved = time.localtime((checkpoint / MANIFEST_NAME).stat().st_mtime)
+    except (ValueError, FileNotFoundError) as error:
+        return _other_row(checkpoint, f"BAD: {error}")
+    reason = _why_bad(checkpoint, contents=False)
+    return (
+        checkpoint.name,
+        *(str(manifest.get(key, "-")) for key in ("step", "position", "world", "engine")),
+        f"{sum(file['bytes'] for file in manifest['files'].values()):,}",
+        time.strftime("%Y-%m-%d %H:%M:%S", saved),
+        "complete" if reason is None else f"BAD: {reason}",
+    )
+
+
+def _other_row(path: Path, state: str) -> tuple[str, ...]:
+    return (path.name, *[""] * (len(_COLUMNS) - 2), state)

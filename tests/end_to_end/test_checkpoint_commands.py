@@ -1,0 +1,106 @@
+"""`lockstep checkpoint verify|list|export`: what they say of good and of bad checkpoints; they alter nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.runs import WarmProcess, checkpoints
+
+
+@pytest.fixture
+def run(straight_run: Callable[..., Path], tmp_path: Path) -> Path:
+    """The test's own copy of a finished run with the checkpoints of steps 35 and 40."""
+    return shutil.copytree(straight_run(1), tmp_path / "run")
+
+
+def damage(checkpoint: Path) -> None:
+    path = checkpoint / "optimizer-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def names(run: Path) -> set[str]:
+    return {str(path.relative_to(run)) for path in run.rglob("*")}
+
+
+def test_verify_reads_every_checkpoint_and_renames_nothing(warm: WarmProcess, run: Path) -> None:
+    newest, older = (f"run/checkpoints/step-{step:08d}" for step in (40, 35))
+    good = warm.lockstep("checkpoint", "verify", "run", cwd=run.parent).succeeded()
+    assert good.out.splitlines() == [f"{newest}: good", f"{older}: good"]
+    damage(run.parent / newest)
+    before = names(run)
+    bad = warm.lockstep("checkpoint", "verify", "run", cwd=run.parent)
+    assert bad.code == 78
+    told = f"{newest}: BAD: {newest}/optimizer-00001.safetensors: its bytes changed since they were written (sha256 differs)"
+    assert bad.out.splitlines() == [told, f"{older}: good"]
+    assert warm.lockstep("checkpoint", "verify", older, cwd=run.parent).succeeded().out == f"{older}: good\n"
+    assert warm.lockstep("checkpoint", "verify", newest, cwd=run.parent).code == 78
+    (run.parent / newest / "MANIFEST.json").unlink()
+    half = warm.lockstep("checkpoint", "verify", newest, cwd=run.parent)
+    assert half.code == 78
+    assert "BAD: " in half.out
+    assert "no MANIFEST.json" in half.out
+    assert names(run) == before - {f"checkpoints/{checkpoints(run)[-1]}/MANIFEST.json"}
+
+
+def test_list_names_everything_there(warm: WarmProcess, run: Path) -> None:
+    root = run / "checkpoints"
+    shutil.copytree(root / "step-00000035", root / "step-00000020.corrupt")
+    (root / ".tmp-step-00000045-0123456789ab").mkdir()
+    (root / "step-00000035" / "state.json").write_text("{}")
+    shown = warm.lockstep("checkpoint", "list", "run", cwd=run.parent).succeeded().out.splitlines()
+    assert shown[0].split() == ["checkpoint", "step", "position", "world", "engine", "bytes", "date", "state"]
+    manifest = json.loads((root / "step-00000040" / "MANIFEST.json").read_text())
+    total = sum(file["bytes"] for file in manifest["files"].values())
+    newest, older, corrupt, temporary, remark = shown[1:]
+    assert newest.split()[:6] == ["step-00000040", "40", "480", "1", "native", f"{total:,}"]
+    assert newest.endswith("  complete")
+    assert older.split()[:2] == ["step-00000035", "35"]
+    assert "BAD: run/checkpoints/step-00000035/state.json: 2 bytes, the manifest says" in older
+    assert corrupt.split(maxsplit=1) == ["step-00000020.corrupt", "put aside: it failed verification"]
+    assert temporary.split(maxsplit=1) == [".tmp-step-00000045-0123456789ab", "not published"]
+    assert remark == "contents were not read; `lockstep checkpoint verify run` reads them"
+
+
+def test_export_of_a_run_takes_its_newest_good_checkpoint(warm: WarmProcess, run: Path) -> None:
+    out = warm.lockstep("checkpoint", "export", "run", "--out", "weights", cwd=run.parent).succeeded().out
+    assert out.endswith(f"from {run.name}/checkpoints/step-00000040\n")
+    assert [path.name for path in (run.parent / "weights").iterdir()] == ["model.safetensors"]
+    occupied = warm.lockstep("checkpoint", "export", "run", "--out", "weights", cwd=run.parent)
+    occupied.failed_with(2, "--out weights: is there already")
+
+    damage(run / "checkpoints" / "step-00000040")
+    passed = warm.lockstep("checkpoint", "export", "run", "--out", "older", cwd=run.parent).succeeded()
+    assert "passed over a checkpoint: " in passed.err
+    assert "checkpoints/step-00000035\n" in passed.out
+    named = warm.lockstep("checkpoint", "export", run / "checkpoints" / "step-00000040", "--out", "x", cwd=run.parent)
+    named.failed_with(78, "its bytes changed")
+    damage(run / "checkpoints" / "step-00000035")
+    none = warm.lockstep("checkpoint", "export", "run", "--out", "x", cwd=run.parent)
+    none.failed_with(78, "run: no good checkpoint")
+    assert not (run.parent / "x").exists()
+    assert checkpoints(run) == ["step-00000035", "step-00000040"]
+
+
+@pytest.mark.parametrize("action", [["verify"], ["list"], ["export", "--out", "x"]], ids=" ".join)
+def test_what_is_no_run_is_named(warm: WarmProcess, action: list[str], tmp_path: Path) -> None:
+    ended = warm.lockstep("checkpoint", action[0], "nowhere", *action[1:], cwd=tmp_path)
+    ended.failed_with(2, "nowhere: neither a checkpoint (no MANIFEST.json) nor a run")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "run.json").write_text("{}")
+    ended = warm.lockstep("checkpoint", action[0], "new", *action[1:], cwd=tmp_path)
+    ended.failed_with(2, "new: no checkpoint was saved yet")
+
+
+def test_verify_and_list_need_no_torch(run: Path) -> None:
+    for action in ("verify", "list"):
+        code = f"import sys, launch.cli; sys.exit(launch.cli.main(['checkpoint', '{action}', 'run']) or 'torch' in sys.modules)"
+        subprocess.run([sys.executable, "-c", code], cwd=run.parent, check=True, capture_output=True)
