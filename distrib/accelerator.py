@@ -99,7 +99,7 @@ def _refuse_what_the_recipe_decides(parallel: ParallelConfig) -> None:
         )
     if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise ValueError(
-            "ACCELERATE_USE_PARALLELISM_CONFIG=true: parallel.engine=accelerate keeps a copy of the model on every rank; "
+            "ACCELERATE_USE_PARALLELISM_CONFIG: parallel.engine=accelerate keeps a copy of the model on every rank; "
             f"{_ELSEWHERE}"
         )
 
@@ -109,8 +109,8 @@ def _refuse_more_than_copies(given: str) -> None:
     for variable, way_out in _MORE_THAN_COPIES.items():
         if _is_set(variable):
             raise ValueError(
-                f"{variable}=true, and Accelerate gives {given}: parallel.engine=accelerate keeps a copy of the model on "
-                f"every rank, nothing else of Accelerate has been run yet; {way_out}"
+                f"{variable}={os.environ[variable]}, and Accelerate gives {given}: parallel.engine=accelerate keeps a copy "
+                f"of the model on every rank, nothing else of Accelerate has been run yet; {way_out}"
             )
 
 
@@ -139,5 +139,5 @@ def _refuse_another_place(accelerator: Accelerator, world: World) -> None:
 
 
 def _is_set(variable: str) -> bool:
-    # As Accelerate itself reads these.
-    return os.environ.get(variable, "false").lower() == "true"
+    # Accelerate itself takes "true" alone, and passes over a "1" without a word.
+    return os.environ.get(variable, "").lower() not in ("", "false", "0", "no")

@@ -21,7 +21,9 @@ from launch.config import RunConfig
 RUNS = Path("runs")
 STOP_FILE = "stop"
 OUTCOME_FILE = "outcome.json"
-_VERSIONS = ("torch", "numpy", "lockstep", "safetensors", "pyarrow", "tokenizers", "datasets", "wandb", "tensorboard")
+_VERSIONS = (
+    "torch", "accelerate", "numpy", "lockstep", "safetensors", "pyarrow", "tokenizers", "datasets", "wandb", "tensorboard",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -217,11 +217,12 @@ def test_checkpoints_pass_between_the_engines(
 SHARDED = {"ACCELERATE_USE_FSDP": "true"}
 REFUSED: list[tuple[dict[str, str], list[str]]] = [
     (SHARDED, ["ACCELERATE_USE_FSDP=true", "gives MULTI_CPU", "parallel.engine=native parallel.zero_stage=3"]),
+    ({"ACCELERATE_USE_FSDP": "1"}, ["ACCELERATE_USE_FSDP=1", "gives MULTI_CPU"]),
     ({**SHARDED, "FSDP_VERSION": "2"}, ["ACCELERATE_USE_FSDP=true", "gives MULTI_CPU"]),
     ({**SHARDED, "FSDP_SYNC_MODULE_STATES": "true"}, ["ACCELERATE_USE_FSDP=true", "gives an error", "`accelerate config`"]),
     ({"ACCELERATE_USE_DEEPSPEED": "true"}, ["ACCELERATE_USE_DEEPSPEED=true", "gives MULTI_CPU", "engine=deepspeed"]),
     ({"ACCELERATE_USE_MEGATRON_LM": "true"}, ["ACCELERATE_USE_MEGATRON_LM=true", "Megatron is not installed"]),
-    ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, ["ACCELERATE_USE_PARALLELISM_CONFIG=true", "`accelerate config`"]),
+    ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, ["ACCELERATE_USE_PARALLELISM_CONFIG", "`accelerate config`"]),
     ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ["ACCELERATE_MIXED_PRECISION=bf16", "parallel.precision=fp32"]),
     ({"ACCELERATE_MIXED_PRECISION": "fp8"}, ["ACCELERATE_MIXED_PRECISION=fp8", "parallel.precision=fp32"]),
     ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, ["ACCELERATE_DYNAMO_BACKEND=INDUCTOR", "parallel.compile=true"]),
