@@ -5,22 +5,47 @@ Imports no torch.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from launch.config import RunConfig
 
-# Prefixes of dotted keys. What is in neither list is impossible to change: the run would not be the same run.
-_HARMLESS = (
-    "run.name", "run.directory", "run.device", "run.max_skipped_in_a_row", "data.directory", "data.prefetch_steps", "data.source",
-    "batch.micro_samples", "parallel.engine", "parallel.zero_stage", "parallel.replicas", "parallel.offload",
-    "parallel.activation_checkpointing", "parallel.compile", "parallel.timeout_seconds", "checkpoint.", "evaluation.",
-    "tracking.",
-)  # fmt: skip
-_NEEDS_PERMISSION = (
-    "run.steps", "run.deterministic", "batch.global_samples", "optimizer.", "schedule.", "parallel.precision",
-    "task.label_smoothing", "model.dropout",
-)  # fmt: skip
-_IMPOSSIBLE = ("optimizer.kind",)
+Verdict = Literal["harmless", "needs --allow-change", "impossible"]
+
+# Dotted keys, or whole sections by their name and a full stop; a key's own rule comes before its section's.
+_RULES: dict[Verdict, tuple[str, ...]] = {
+    # What the run computes stays the same, or differs by rounding; data.source is held to the dataset's fingerprint.
+    "harmless": (
+        "run.name", "run.directory", "run.device", "run.max_skipped_in_a_row", "data.directory",
+        "data.prefetch_steps", "data.source", "batch.micro_samples", "parallel.engine", "parallel.zero_stage", "parallel.replicas", "parallel.offload",
+        "parallel.activation_checkpointing", "parallel.compile", "parallel.timeout_seconds", "checkpoint.",
+        "evaluation.", "tracking.",
+    ),
+    # The curve differs from here on, which may be what is wanted.
+    "needs --allow-change": (
+        "run.steps", "run.deterministic", "batch.global_samples", "optimizer.", "schedule.", "parallel.precision",
+        "task.label_smoothing", "model.dropout",
+    ),
+    # It would not be the same run: other samples, another function, or state that fits no more.
+    "impossible": (
+        "run.seed", "model.", "task.", "data.tokenizer", "data.validation_fraction", "data.sequence_tokens",
+        "data.image_size_pixels", "data.image_channels", "data.shard_bytes", "optimizer.kind",
+    ),
+}  # fmt: skip
+_VERDICTS: dict[str, Verdict] = {rule: verdict for verdict, rules in _RULES.items() for rule in rules}
+
+
+def rule_of(key: str) -> str | None:
+    """The rule that judges a dotted key; None for a key that nobody has thought of."""
+    parts = key.split(".")
+    prefixes = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    candidates = [rule for prefix in prefixes for rule in (prefix, f"{prefix}.")]
+    return next((rule for rule in candidates if rule in _VERDICTS), None)
+
+
+def verdict_on(key: str) -> Verdict:
+    """What a change of a dotted key is to a run that is resumed; "impossible" where no rule says otherwise."""
+    rule = rule_of(key)
+    return "impossible" if rule is None else _VERDICTS[rule]
 
 
 def changed_keys(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -30,22 +55,18 @@ def changed_keys(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]
 
 
 def refuse_impossible_changes(before: RunConfig, now: RunConfig, *, allow_change: bool) -> list[str]:
-    """Returns the differences as `key: before -> now` lines. Raises ValueError, in one line, for those that may not be."""
-    differences = changed_keys(before, now)
-    impossible, permitted = [], []
-    for key, (old, new) in differences.items():
-        line = f"{key}: {old} -> {new}"
-        if key in _IMPOSSIBLE or not key.startswith(_HARMLESS + _NEEDS_PERMISSION):
-            impossible.append(line)
-        elif not key.startswith(_HARMLESS):
-            permitted.append(line)
-    if impossible:
-        raise ValueError(
-            f"the recipe differs from the run's in what cannot change: {'; '.join(impossible)}; start a new run"
-        )
-    if permitted and not allow_change:
-        raise ValueError(f"the recipe differs from the run's: {'; '.join(permitted)}; permit it with --allow-change")
-    return [f"{key}: {old} -> {new}" for key, (old, new) in differences.items()]
+    """Returns the differences as `key: before -> now` lines. Where one of them may not be, raises ValueError, in one line, with
+    all of them, each under what it is."""
+    lines = {key: f"{key}: {old} -> {new}" for key, (old, new) in changed_keys(before, now).items()}
+    judged: dict[Verdict, list[str]] = {"impossible": [], "needs --allow-change": [], "harmless": []}
+    for key, line in lines.items():
+        judged[verdict_on(key)].append(line)
+    told = "; ".join(f"{verdict}: {', '.join(found)}" for verdict, found in judged.items() if found)
+    if judged["impossible"]:
+        raise ValueError(f"the recipe differs from the run's: {told}; undo what is impossible, or start a new run")
+    if judged["needs --allow-change"] and not allow_change:
+        raise ValueError(f"the recipe differs from the run's: {told}; permit it with --allow-change")
+    return list(lines.values())
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any, get_args
+
 import pytest
+from pydantic import BaseModel
 
 from launch.config import RunConfig
 from launch.recipe import dump_recipe, load_recipe, parse_recipe, parse_yaml
-from launch.resume import changed_keys, refuse_impossible_changes
+from launch.resume import _VERDICTS, changed_keys, refuse_impossible_changes, rule_of, verdict_on
 
 BEFORE = load_recipe("gpt-stdlib")
 HARMLESS = [
     "run.name=other", "run.directory=somewhere", "run.device=cpu", "data.directory=elsewhere", "data.prefetch_steps=5",
     "batch.micro_samples=4", "parallel.timeout_seconds=30", "checkpoint.every_steps=7", "checkpoint.keep_last=9",
+    "checkpoint.asynchronous=false", "parallel.compile=true",
     "evaluation.samples=3", "evaluation.prompt=hello", "tracking.wandb=off", "tracking.tensorboard=false",
 ]  # fmt: skip
 PERMITTED = [
@@ -44,7 +49,9 @@ def test_harmless_keys_change_freely(override: str) -> None:
 @pytest.mark.parametrize("override", PERMITTED)
 def test_what_alters_the_curve_needs_permission(override: str) -> None:
     key = override.partition("=")[0]
-    with pytest.raises(ValueError, match=f"{key}: .* -> .*--allow-change") as refused:
+    with pytest.raises(
+        ValueError, match=f"needs --allow-change: {key}: .* -> .*; permit it with --allow-change"
+    ) as refused:
         refuse_impossible_changes(BEFORE, changed(override), allow_change=False)
     assert "\n" not in str(refused.value)
     assert any(line.startswith(key) for line in refuse_impossible_changes(BEFORE, changed(override), allow_change=True))
@@ -54,7 +61,7 @@ def test_what_alters_the_curve_needs_permission(override: str) -> None:
 @pytest.mark.parametrize("allow_change", [False, True])
 def test_what_makes_another_run_is_impossible(override: str, allow_change: bool) -> None:
     key = override.partition("=")[0]
-    with pytest.raises(ValueError, match=f"cannot change.*{key}: .* -> .*start a new run"):
+    with pytest.raises(ValueError, match=f"impossible: (.*, )?{key}: .* -> .*start a new run"):
         refuse_impossible_changes(BEFORE, changed(override), allow_change=allow_change)
 
 
@@ -62,14 +69,65 @@ def test_nothing_changed_is_nothing_told() -> None:
     assert refuse_impossible_changes(BEFORE, load_recipe("gpt-stdlib"), allow_change=False) == []
 
 
-def test_every_section_has_a_judged_key() -> None:
-    judged = [override.partition("=")[0] for override in HARMLESS + PERMITTED + IMPOSSIBLE]
-    sections = {key.partition(".")[0] for key in judged}
-    assert sections == set(RunConfig.model_fields)
+def keys_of(section: type[BaseModel], prefix: str = "") -> set[str]:
+    """Every dotted key that a recipe can hold, of every kind of model."""
+    keys: set[str] = set()
+    for name, field in section.model_fields.items():
+        parts = list(sections_in(field.annotation))
+        for part in parts:
+            keys |= keys_of(part, f"{prefix}{name}.")
+        if not parts or type(None) in get_args(field.annotation):
+            keys.add(prefix + name)
+    return keys
 
 
-def test_all_differences_are_named_at_once() -> None:
-    now = load_recipe("gpt-stdlib", ["run.seed=1", "model.layers=5", "optimizer.lr=1e-3"])
-    assert set(changed_keys(BEFORE, now)) == {"run.seed", "model.layers", "optimizer.lr"}
-    with pytest.raises(ValueError, match=r"model\.layers: 4 -> 5; run\.seed: 0 -> 1"):
-        refuse_impossible_changes(BEFORE, now, allow_change=True)
+def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that an annotation names, in unions too."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from sections_in(argument)
+
+
+def test_every_key_is_judged() -> None:
+    """By a rule of its own or of its section: a new key must be thought of here."""
+    keys = keys_of(RunConfig)
+    assert {"model.kind", "model.rope_scaling", "model.rope_scaling.factor", "model.widths", "model.options"} <= keys
+    assert len(keys) > 80
+    assert {key for key in keys if rule_of(key) is None} == set()
+    assert verdict_on("run.what_nobody_thought_of") == "impossible"
+
+
+def test_no_rule_is_about_nothing() -> None:
+    used = {rule_of(key) for key in keys_of(RunConfig)}
+    assert set(_VERDICTS) - used == set()
+
+
+@pytest.mark.parametrize(
+    ("verdict", "overrides"),
+    [("harmless", HARMLESS), ("needs --allow-change", PERMITTED), ("impossible", IMPOSSIBLE)],
+)
+def test_verdicts(verdict: str, overrides: list[str]) -> None:
+    assert {verdict_on(override.partition("=")[0]) for override in overrides} == {verdict}
+
+
+def test_all_differences_are_told_at_once_each_as_what_it_is() -> None:
+    overrides = ["run.seed=1", "model.layers=5", "optimizer.lr=1e-3", "checkpoint.every_steps=7", "run.steps=900"]
+    now = load_recipe("gpt-stdlib", overrides)
+    assert set(changed_keys(BEFORE, now)) == {override.partition("=")[0] for override in overrides}
+    for allow_change in (False, True):
+        with pytest.raises(ValueError, match="the recipe differs") as refused:
+            refuse_impossible_changes(BEFORE, now, allow_change=allow_change)
+        assert str(refused.value) == (
+            "the recipe differs from the run's: impossible: model.layers: 4 -> 5, run.seed: 0 -> 1; "
+            "needs --allow-change: optimizer.lr: 0.003 -> 0.001, run.steps: 400 -> 900; "
+            "harmless: checkpoint.every_steps: 200 -> 7; undo what is impossible, or start a new run"
+        )
+    possible = load_recipe("gpt-stdlib", [override for override in overrides if override[:3] not in ("mod", "run")])
+    with pytest.raises(ValueError, match="the recipe differs") as refused:
+        refuse_impossible_changes(BEFORE, possible, allow_change=False)
+    assert str(refused.value) == (
+        "the recipe differs from the run's: needs --allow-change: optimizer.lr: 0.003 -> 0.001; "
+        "harmless: checkpoint.every_steps: 200 -> 7; permit it with --allow-change"
+    )
+    assert len(refuse_impossible_changes(BEFORE, possible, allow_change=True)) == 2
