@@ -16,7 +16,8 @@ _RULES: dict[Verdict, tuple[str, ...]] = {
     # What the run computes stays the same, or differs by rounding; data.source is held to the dataset's fingerprint.
     "harmless": (
         "run.name", "run.directory", "run.device", "run.max_skipped_in_a_row", "data.directory",
-        "data.prefetch_steps", "data.source", "batch.micro_samples", "parallel.engine", "parallel.zero_stage", "parallel.replicas", "parallel.offload",
+        "data.prefetch_steps", "data.source", "batch.micro_samples", "parallel.engine", "parallel.zero_stage",
+        "parallel.replicas", "parallel.offload",
         "parallel.activation_checkpointing", "parallel.compile", "parallel.timeout_seconds", "checkpoint.",
         "evaluation.", "tracking.",
     ),

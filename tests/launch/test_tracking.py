@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +19,7 @@ import pytest
 from launch.tracking.config import TrackingConfig
 from launch.tracking.metrics_file import read_metrics
 from launch.tracking.tracking import Tracking
+from tests.end_to_end.runs import wait_until
 
 FAKE_KEY = "0123456789abcdef" * 2 + "01234567"
 
@@ -191,32 +192,45 @@ import json, sys
 from pathlib import Path
 from launch.tracking.config import TrackingConfig
 from launch.tracking.tracking import Tracking
+from tests.end_to_end.runs import wait_until
 config, run = TrackingConfig(**json.loads(sys.argv[1])), Path(sys.argv[2])
 steps, timeout_seconds = map(int, sys.argv[3:])
 tracking = Tracking(config, run, run_name="first", wandb_run_id="abcd1234", recipe={})
 for step in range(1, steps + 1):
     tracking.log({"step": step, "loss": 1.0})
 print("logged", flush=True)
+sys.stdin.readline()
 tracking.close(timeout_seconds)
 print("problems", json.dumps(tracking.problems), flush=True)
 """
 
 
-def train(config: dict[str, Any], run: Path, steps: int, timeout_seconds: int, **environment: str) -> list[str]:
-    """Runs a trainer to its own end; returns the tracking's problems."""
+def train(
+    config: dict[str, Any],
+    run: Path,
+    steps: int,
+    timeout_seconds: int,
+    *,
+    until: Callable[[], bool] = lambda: True,
+    **environment: str,
+) -> list[str]:
+    """Runs a trainer to its own end, which it awaits until `until` holds; returns the tracking's problems."""
     arguments = [json.dumps(config), str(run), str(steps), str(timeout_seconds)]
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-c", TRAINER, *arguments],
         env=os.environ | environment,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
-    logged, problems = done.stdout.splitlines()
+    ) as trainer:
+        wait_until(until, "what the test waits for", seconds=60)
+        out, err = trainer.communicate("end\n", timeout=100)
+    assert trainer.returncode == 0, err
+    logged, problems = out.splitlines()
     assert logged == "logged"
     found: list[str] = json.loads(problems.removeprefix("problems "))
-    assert done.stderr.splitlines() == [f"lockstep: warning: {problem}" for problem in found]
+    assert err.splitlines() == [f"lockstep: warning: {problem}" for problem in found]
     assert len(read_metrics(run)[0]) == steps
     return found
 
@@ -256,8 +270,9 @@ def test_a_hanging_wandb_stops_neither_the_steps_nor_the_exit(run: Path, mode: s
     with silent_server() as (url, connections):
         config = {"wandb": mode, "tensorboard": False}
         # more records than the queue holds
-        (problem,) = train(config, run, 11_000, 2, WANDB_BASE_URL=url, WANDB_API_KEY=FAKE_KEY)
-        assert connections, "W&B never called: the test shows nothing"
+        (problem,) = train(
+            config, run, 11_000, 2, until=lambda: bool(connections), WANDB_BASE_URL=url, WANDB_API_KEY=FAKE_KEY
+        )
     assert problem.startswith("W&B: did not finish in time")
     assert [path for path in run.rglob("*") if path.is_file() and FAKE_KEY.encode() in path.read_bytes()] == []
 
