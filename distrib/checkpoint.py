@@ -147,10 +147,20 @@ def open_checkpoint(path: Path, world: World) -> Checkpoint:
 def load_tensors(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], world: World) -> None:
     """Reads a verified checkpoint into `tensors`, in place, sharded or not. Every name must be there with its shape.
 
-    Raises ValueError that names what differs: the checkpoint is of another model or optimizer.
+    Raises ValueError that names what differs: the checkpoint is of another model or optimizer; BadCheckpoint where a
+    tensor is not whole.
     """
     reader = HuggingFaceStorageReader(str(checkpoint.path))
-    stored = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+    entries: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    stored = {name: tuple(entry.size) for name, entry in entries.items()}
+    # A tensor of which a piece is missing would be read as far as it goes, and nobody told.
+    torn = sorted(
+        name
+        for name, entry in entries.items()
+        if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel()
+    )
+    if torn:
+        raise BadCheckpoint(f"{checkpoint.path}: holds only pieces of {_shorten(torn)}")
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     groups = {name.split(".", 1)[0] for name in wanted}
     difference = _describe_difference(wanted, {n: s for n, s in stored.items() if n.split(".", 1)[0] in groups})

@@ -56,8 +56,8 @@ def changed_keys(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]
 
 
 def refuse_impossible_changes(before: RunConfig, now: RunConfig, *, allow_change: bool) -> list[str]:
-    """Returns the differences as `key: before -> now` lines. Where one of them may not be, raises ValueError, in one line, with
-    all of them, each under what it is."""
+    """Returns the differences as `key: before -> now (verdict)` lines. Where one of them may not be, raises ValueError, in one
+    line, with all of them."""
     lines = {key: f"{key}: {old} -> {new}" for key, (old, new) in changed_keys(before, now).items()}
     judged: dict[Verdict, list[str]] = {"impossible": [], "needs --allow-change": [], "harmless": []}
     for key, line in lines.items():
@@ -67,7 +67,7 @@ def refuse_impossible_changes(before: RunConfig, now: RunConfig, *, allow_change
         raise ValueError(f"the recipe differs from the run's: {told}; undo what is impossible, or start a new run")
     if judged["needs --allow-change"] and not allow_change:
         raise ValueError(f"the recipe differs from the run's: {told}; permit it with --allow-change")
-    return list(lines.values())
+    return [f"{line} ({verdict_on(key)})" for key, line in lines.items()]
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -142,7 +142,7 @@ def _resume(attempt: Attempt, resume: Resume, *, allow_change: bool) -> None:
 def _take_over(attempt: Attempt, checkpoint: Checkpoint, *, allow_change: bool) -> None:
     config, engine = attempt.config, attempt.engine
     for difference in _recipe_changes(config, checkpoint.path.parent.parent, allow_change=allow_change):
-        log.info("changed since the checkpoint: %s", difference)
+        attempt.say(f"changed since the checkpoint: {difference}")
     engine_scalars = checkpoint.scalars["engine"]
     if engine_scalars["optimizer_kind"] != config.optimizer.kind:
         raise ValueError(

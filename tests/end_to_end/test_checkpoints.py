@@ -132,6 +132,31 @@ def test_training_goes_on_from_the_previous_checkpoint_to_the_same_end(
     assert history(run) == history(straight_run(1))
 
 
+@pytest.mark.parametrize("mixed", ["weights of an earlier step", "all files of an earlier step", "half-written"])
+def test_a_directory_of_mixed_files_is_told_and_the_newest_good_one_used(
+    warm: WarmProcess, run: Path, recipe: Path, straight_run: Callable[..., Path], mixed: str
+) -> None:
+    damaged, earlier = newest(run), run / "checkpoints" / "step-00000035"
+    match mixed:
+        case "weights of an earlier step":
+            shutil.copy(earlier / "model-00001.safetensors", damaged)
+            named = "model-00001.safetensors: its bytes changed"
+        case "all files of an earlier step":
+            shutil.copytree(earlier, damaged, dirs_exist_ok=True)
+            named = "MANIFEST.json: is of step 35; files of two checkpoints were mixed"
+        case "half-written":
+            for name in ("MANIFEST.json", "state.json"):
+                (damaged / name).unlink()
+            named = "no MANIFEST.json"
+    resumed = warm.worker(recipe, f"run.directory={run}", "--resume", "auto", cwd=run.parent).succeeded()
+    [told] = [line for line in resumed.err.splitlines() if line.startswith("passed over a checkpoint: ")]
+    assert str(damaged) in told
+    assert named in told
+    assert told.endswith("; kept as step-00000040.corrupt")
+    assert "resumed from step 35" in resumed.err
+    assert final_bytes(run) == final_bytes(straight_run(1))
+
+
 def test_a_run_whose_checkpoints_are_all_corrupt_does_not_start_over(
     warm: WarmProcess, run: Path, recipe: Path
 ) -> None:

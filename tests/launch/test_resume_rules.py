@@ -44,6 +44,7 @@ def changed(override: str) -> RunConfig:
 def test_harmless_keys_change_freely(override: str) -> None:
     [line] = refuse_impossible_changes(BEFORE, changed(override), allow_change=False)
     assert line.startswith(override.partition("=")[0] + ": ")
+    assert line.endswith(" (harmless)")
 
 
 @pytest.mark.parametrize("override", PERMITTED)
