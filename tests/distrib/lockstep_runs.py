@@ -25,7 +25,7 @@ from data.plan import Plan, Segment
 from data.stream import Stream
 from distrib.capabilities import count_shards
 from distrib.config import OptimizerConfig, ParallelConfig, ScheduleConfig
-from distrib.engine import EngineSetup
+from distrib.engine import Engine, EngineSetup
 from distrib.engines import make_engine
 from distrib.initialisation import make_initialised_model
 from distrib.world import World, world_of_group
@@ -158,21 +158,6 @@ def plan_of(dataset: Any) -> Plan:
     return Plan.of([segment])
 
 
-def stream_of(dataset: Any, world: World, micro_samples: int) -> Stream:
-    return Stream(
-        dataset,
-        plan_of(dataset),
-        rank=world.data_rank,
-        world_size=world.data_size,
-        micro_samples=micro_samples,
-        position=0,
-        stop_position=STEPS * GLOBAL_SAMPLES,
-        count_items=dataset.task.items,
-        reduce_items=world.sum_in_prefetch_thread if world.size > 1 else None,
-        prefetch_steps=4,
-    )
-
-
 def micro_samples_of(world_size: int, accumulation: int) -> int:
     """The size that gives every rank so many micro-batches, fillers included."""
     micro_samples = math.ceil(math.ceil(GLOBAL_SAMPLES / world_size) / accumulation)
@@ -201,6 +186,12 @@ def lockstep_curve(
     world: World, layout: Layout, kind: str, optimizer: str, accumulation: int, precision: str, **options: Any
 ) -> Curve:
     """Every rank calls it. `options`: further keys of the recipe's parallel section."""
+    return take_steps(lockstep_engine(world, layout, kind, optimizer, precision, **options), kind, accumulation)
+
+
+def lockstep_engine(
+    world: World, layout: Layout, kind: str, optimizer: str, precision: str = "fp32", **options: Any
+) -> Engine:
     parallel = ParallelConfig(
         engine=layout.engine,
         zero_stage=layout.zero_stage,
@@ -208,21 +199,35 @@ def lockstep_curve(
         precision=precision,
         **options,
     )
-    world = laid_out(world, parallel)
     dataset = DATASETS[kind]()
     setup = EngineSetup(
         lambda: build_model(dataset.model, dataset.shape),
         dataset.task.loss,
-        world,
+        laid_out(world, parallel),
         optimizer=OPTIMIZERS[optimizer],
         schedule=CONSTANT,
         parallel=parallel,
         steps=STEPS,
         seed=SEED,
     )
-    engine = make_engine(setup)
-    micro_samples = micro_samples_of(world.size, accumulation)
-    stream = stream_of(dataset, world, micro_samples)
+    return make_engine(setup)
+
+
+def take_steps(engine: Engine, kind: str, accumulation: int, steps: int = STEPS) -> Curve:
+    """The next steps of a run whose engine has taken some already."""
+    dataset, world = DATASETS[kind](), engine.world
+    stream = Stream(
+        dataset,
+        plan_of(dataset),
+        rank=world.data_rank,
+        world_size=world.data_size,
+        micro_samples=micro_samples_of(world.size, accumulation),
+        position=engine.steps_done * GLOBAL_SAMPLES,
+        stop_position=(engine.steps_done + steps) * GLOBAL_SAMPLES,
+        count_items=dataset.task.items,
+        reduce_items=world.sum_in_prefetch_thread if world.size > 1 else None,
+        prefetch_steps=4,
+    )
     records: list[dict[str, Any]] = []
     ledger = Ledger()
     try:
@@ -240,7 +245,7 @@ def lockstep_curve(
         )
     finally:
         stream.close()
-    assert len(records) == STEPS
+    assert len(records) == steps
     assert not any(record["skipped"] for record in records)
     return Curve([r["loss"] for r in records], [r["gradient_norm"] for r in records], ledger.digest)
 
