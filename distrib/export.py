@@ -116,6 +116,8 @@ def _write(directory: Path, tensors: list[_Stored], file_bytes: int) -> Exported
         files.append(f"model{part}.safetensors")
         weights = {tensor.name.removeprefix(_PREFIX): tensor.read() for tensor in group}
         save_file(weights, directory / files[-1], metadata={"format": "pt"})
+        # The library makes files that only their owner may read, whatever the umask says.
+        (directory / files[-1]).chmod(directory.stat().st_mode & 0o666)
         with (directory / files[-1]).open("rb") as file:
             os.fsync(file.fileno())
         weight_map |= dict.fromkeys(weights, files[-1])

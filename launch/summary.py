@@ -30,7 +30,7 @@ def tell_summary(attempt: Attempt) -> None:
         lines += ["", "a sample of its text:", attempt.config.evaluation.prompt + sample]
     if attempt.checkpoint_stalls:
         saves, seconds = len(attempt.checkpoint_stalls), sum(attempt.checkpoint_stalls)
-        lines += ["", f"checkpoints: {saves} saved, training waited {seconds:.3g} s for them"]
+        lines += ["", f"training waited {seconds:.3g} s for {saves} checkpoint{'s' if saves > 1 else ''}"]
     lines += [
         "",
         f"everything lies in {path}: {', '.join(sorted(p.name + '/' * p.is_dir() for p in path.iterdir()))}",

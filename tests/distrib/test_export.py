@@ -65,6 +65,7 @@ def test_a_plain_model_loads_what_any_layout_saved(
         assert index["metadata"] == {"total_size": total}
         assert {f"model.{name}" for name in index["weight_map"]} == expected.keys()
     for name in exported.files:
+        assert (tmp_path / "out" / name).stat().st_mode == (checkpoint.path / "state.json").stat().st_mode
         with safe_open(tmp_path / "out" / name, framework="pt") as file:
             assert file.metadata() == {"format": "pt"}
             held = {key: file.get_tensor(key).nbytes for key in file.keys()}  # noqa: SIM118

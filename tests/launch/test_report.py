@@ -56,6 +56,9 @@ def make_run(directory: Path, name: str = "gpt-tiny", steps: int = 60, lr: float
                 if step % 10 == 0:
                     evaluation = {"loss": 4.0 - 0.02 * step if step < 50 else 3.5, "bits_per_byte": 2.0}
                     file.write(json.dumps({"step": step, "attempt": attempt, "evaluation": evaluation}) + "\n")
+                if step % 20 == 0:
+                    stall = {"step": step, "attempt": attempt, "checkpoint_stall_seconds": 0.2}
+                    file.write(json.dumps(stall) + "\n")
     outcome = {"exit_code": 0, "reason": f"all {steps} steps are done", "step": steps, "attempt": 2, "seconds": 75.5}
     (directory / "outcome.json").write_text(json.dumps(outcome))
     samples = [{"step": step, "prompt": "def ", "text": f"after_{step}(self):\n    return"} for step in (0, steps)]
@@ -119,6 +122,7 @@ def test_a_run_is_told_whole(tmp_path: Path) -> None:
         "Throughput 16.4k/s tokens, median step",
         "Time in steps 15.0 s last attempt took 1 min 16 s",
         "Data wait 4.0%",
+        "Waited for checkpoints 0.6 s 3 saves, 3.8% of the time in steps and saves",
         "Peak memory 1.00 GiB",
         "After step 60 def after_60(self): return",
         "2 2026-11-22T09:05:00+00:00 1 native cpu 20",
@@ -133,6 +137,7 @@ def test_a_run_is_told_whole(tmp_path: Path) -> None:
         "Gradient norm",
         "Throughput, tokens per second",
         "Data wait, % of the step",
+        "Wait for a checkpoint, seconds",
         "Peak memory of rank 0, GiB",
         "Evaluation: bits per byte",
     ]

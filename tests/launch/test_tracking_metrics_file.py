@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.tracking.metrics_file import MetricsFile, read_metrics
+from launch.tracking.metrics_file import MetricsFile, read_checkpoint_stalls, read_metrics
 
 
 def write(run: Path, *records: dict) -> None:
@@ -19,6 +19,20 @@ def test_records_come_back_sorted_and_apart(tmp_path: Path) -> None:
     steps, evaluations = read_metrics(tmp_path)
     assert steps == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
     assert evaluations == [{"step": 1, "evaluation": {"loss": 1.5}}]
+
+
+def test_waits_for_checkpoints_are_kept_apart_and_survive_a_resume(tmp_path: Path) -> None:
+    def stall(step: int, attempt: int) -> dict:
+        return {"step": step, "attempt": attempt, "checkpoint_stall_seconds": 0.5 * attempt}
+
+    write(tmp_path, {"step": 5, "loss": 2.0}, stall(5, 1), {"step": 10, "loss": 1.0}, stall(10, 1))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 15, "checkpoint_st')
+    write(tmp_path, {"step": 6, "loss": 1.9}, {"step": 10, "loss": 1.1}, stall(10, 2))
+    assert read_checkpoint_stalls(tmp_path) == [stall(5, 1), stall(10, 2)]
+    steps, evaluations = read_metrics(tmp_path)
+    assert [(record["step"], record["loss"]) for record in steps] == [(5, 2.0), (6, 1.9), (10, 1.1)]
+    assert evaluations == []
 
 
 def test_last_line_of_a_step_counts(tmp_path: Path) -> None:
