@@ -15,18 +15,10 @@ from accelerate.utils import (
     patch_environment,
 )
 
+from distrib.accelerate_variables import MORE_THAN_COPIES, is_set, refuse_what_the_recipe_decides
 from distrib.config import ParallelConfig
 from distrib.replication import DDP_OPTIONS
 from distrib.world import World
-
-_PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-_ELSEWHERE = "use parallel.engine=native parallel.zero_stage=3, or remove it from `accelerate config`"
-# What asks Accelerate for more than copies of the model, and the way out.
-_MORE_THAN_COPIES = {
-    "ACCELERATE_USE_FSDP": _ELSEWHERE,
-    "ACCELERATE_USE_DEEPSPEED": f"use parallel.engine=deepspeed, {_ELSEWHERE}",
-    "ACCELERATE_USE_MEGATRON_LM": _ELSEWHERE,
-}
 
 
 def make_accelerator(world: World, parallel: ParallelConfig) -> Accelerator:
@@ -35,7 +27,7 @@ def make_accelerator(world: World, parallel: ParallelConfig) -> Accelerator:
     Raises ValueError, in one line, where the launcher's variables ask for something else than the recipe, and where
     Accelerate gives something else than they ask.
     """
-    _refuse_what_the_recipe_decides(parallel)
+    refuse_what_the_recipe_decides(parallel)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     try:
@@ -77,37 +69,10 @@ def _place(world: World) -> dict[str, str]:
     }
 
 
-def _refuse_what_the_recipe_decides(parallel: ParallelConfig) -> None:
-    # `accelerate launch` says "no" where nobody asked for anything.
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if precision not in ("no", _PRECISIONS[parallel.precision]):
-        raise ValueError(
-            f"ACCELERATE_MIXED_PRECISION={precision}, but parallel.precision={parallel.precision}: set parallel.precision, "
-            "and remove mixed_precision from `accelerate config`"
-        )
-    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-    if dynamo.lower() != "no":
-        raise ValueError(
-            f"ACCELERATE_DYNAMO_BACKEND={dynamo}: the recipe decides about compiling; set parallel.compile=true, and "
-            "remove dynamo from `accelerate config`"
-        )
-    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if accumulation != "1":
-        raise ValueError(
-            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={accumulation}: accumulation follows from batch.global_samples and "
-            "batch.micro_samples; remove it from `accelerate config`"
-        )
-    if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        raise ValueError(
-            "ACCELERATE_USE_PARALLELISM_CONFIG: parallel.engine=accelerate keeps a copy of the model on every rank; "
-            f"{_ELSEWHERE}"
-        )
-
-
 def _refuse_more_than_copies(given: str) -> None:
     """`given`: what Accelerate gives where it was asked for more; on a CPU plain copies, without a word."""
-    for variable, way_out in _MORE_THAN_COPIES.items():
-        if _is_set(variable):
+    for variable, way_out in MORE_THAN_COPIES.items():
+        if is_set(variable):
             raise ValueError(
                 f"{variable}={os.environ[variable]}, and Accelerate gives {given}: parallel.engine=accelerate keeps a copy "
                 f"of the model on every rank, nothing else of Accelerate has been run yet; {way_out}"
@@ -136,8 +101,3 @@ def _refuse_another_place(accelerator: Accelerator, world: World) -> None:
             f"parallel.engine=accelerate: Accelerate sees rank {accelerator.process_index} of "
             f"{accelerator.num_processes}, this worker is rank {world.rank} of {world.size}; start it with one launcher"
         )
-
-
-def _is_set(variable: str) -> bool:
-    # Accelerate itself takes "true" alone, and passes over a "1" without a word.
-    return os.environ.get(variable, "").lower() not in ("", "false", "0", "no")

@@ -16,6 +16,11 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 from tests.gloo_pool import GlooPool
 
 
+def pytest_report_header() -> str:
+    """What a green run does not prove."""
+    return "not run unless named: tests/gpu (needs a GPU), tests/multi_gpu (needs several)"
+
+
 @pytest.fixture(scope="session")
 def gloo_pool() -> Iterator[GlooPool]:
     pool = GlooPool(size=4)
