@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -70,7 +71,10 @@ class ParallelConfig(_Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What lives in host memory: nothing; the optimizer's state, which is updated there; or that and the weights."""
     compile: bool = False
+    deepspeed_config: Path | None = None
+    """A DeepSpeed JSON file that tunes ZeRO; engine deepspeed only. What it says of anything else must agree with the recipe."""
     timeout_seconds: float = Field(default=600.0, gt=0)
     """How long a collective may wait for a silent rank before the run fails."""
 

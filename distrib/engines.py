@@ -10,6 +10,7 @@ from distrib.engine import Engine, EngineSetup
 # The module and class of each engine. Each is imported only when it is used, and the package that it is made of with it.
 _ENGINES = {
     "native": ("distrib.native", "NativeEngine", "torch"),
+    "deepspeed": ("distrib.deepspeed_engine", "DeepSpeedEngine", "deepspeed"),
     "accelerate": ("distrib.accelerate_engine", "AccelerateEngine", "accelerate"),
 }
 

@@ -13,20 +13,45 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from distrib.keys import key64
 
 
-def make_initialised_model(make_model: Callable[[], nn.Module], seed: int, device: torch.device) -> nn.Module:
+def make_initialised_model(
+    make_model: Callable[[], nn.Module],
+    seed: int,
+    device: torch.device,
+    partition: Callable[[nn.Module], None] | None = None,
+) -> nn.Module:
     """Builds a model on `device` with its initial values.
 
     A model that offers `initialise_parameter(name, parameter, generator)` and `initialise_buffers()` is built on the
     meta device first, so its weights exist once. Any other module is built on the CPU and initialised by its submodules'
     own `reset_parameters`, each under a random state of its own.
+
+    `partition` is handed every module as soon as its own parameters are drawn, and may spread them over ranks: a model
+    that is initialised by name then never exists as a whole; any other is handed over at once.
     """
-    if _initialises_by_name(make_model):
-        with torch.device("meta"):
-            model = make_model()
-        model.to_empty(device=device)
-        _initialise_by_name(model, seed)
+    if not _initialises_by_name(make_model):
+        model = _build_and_reset(make_model, seed).to(device)
+        if partition is not None:
+            partition(model)
         return model
-    return _build_and_reset(make_model, seed).to(device)
+    with torch.device("meta"):
+        model = make_model()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    drawn: dict[nn.Parameter, nn.Parameter] = {}  # by the one on the meta device: a tied parameter stays one
+    with torch.no_grad():
+        for module in model.modules():
+            for key, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                if parameter not in drawn:
+                    whole = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+                    generator = parameter_generator(seed, names[parameter], whole.shape)
+                    cast(Any, model).initialise_parameter(names[parameter], whole, generator)
+                    drawn[parameter] = whole
+                setattr(module, key, drawn[parameter])
+            for key, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+                setattr(module, key, torch.empty_like(buffer, device=device))
+            if partition is not None and any(True for _ in module.parameters(recurse=False)):
+                partition(module)
+        cast(Any, model).initialise_buffers()
+    return model
 
 
 def make_sharded_model(
@@ -74,13 +99,6 @@ def _initialises_by_name(make_model: Callable[[], nn.Module]) -> bool:
 def parameter_generator(seed: int, name: str, shape: torch.Size) -> torch.Generator:
     """The CPU generator from which the parameter called `name` draws its initial values."""
     return torch.Generator().manual_seed(key64("parameter", seed, name, list(shape)))
-
-
-def _initialise_by_name(model: Any, seed: int) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            model.initialise_parameter(name, parameter, parameter_generator(seed, name, parameter.shape))
-        model.initialise_buffers()
 
 
 def _build_and_reset(make_model: Callable[[], nn.Module], seed: int) -> nn.Module:

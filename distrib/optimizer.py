@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -14,15 +14,20 @@ STATE_TENSORS: dict[str, tuple[str, ...]] = {"adamw": ("exp_avg", "exp_avg_sq"),
 
 
 def make_optimizer(
-    config: OptimizerConfig, parameters: Iterable[nn.Parameter], *, with_state: bool = True
+    config: OptimizerConfig,
+    parameters: Iterable[nn.Parameter],
+    *,
+    axes_of: Callable[[nn.Parameter], int] = torch.Tensor.dim,
+    with_state: bool = True,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) or SGD, fused: tensors of two or
     more axes are decayed, the others (biases, norm weights) are not. The state of every parameter exists on return, so that
     running out of memory shows before the first step; `with_state=False` leaves that to `materialise_state`.
+    `axes_of`: how many axes the whole parameter has, where an engine has flattened it.
     """
     by_decay: dict[float, list[nn.Parameter]] = {}  # one group, and one kernel, where nothing is decayed
     for parameter in parameters:
-        by_decay.setdefault(config.weight_decay if parameter.ndim >= 2 else 0.0, []).append(parameter)
+        by_decay.setdefault(config.weight_decay if axes_of(parameter) >= 2 else 0.0, []).append(parameter)
     groups = [{"params": parameters, "weight_decay": decay} for decay, parameters in by_decay.items()]
     optimizer: torch.optim.Optimizer
     if config.kind == "adamw":

@@ -19,7 +19,7 @@ _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTE
 
 @dataclass(frozen=True)
 class World:
-    """This process's place in the run. At size 1 there is no process group at all."""
+    """This process's place in the run. At size 1 there is no process group, unless an engine cannot do without."""
 
     rank: int
     size: int
@@ -97,9 +97,8 @@ def join_world(device_kind: str = "auto", parallel: ParallelConfig | None = None
     if size == 1:
         return _world_alone(device)
     timeout = timedelta(seconds=parallel.timeout_seconds)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(_backend(device), rank=rank, world_size=size, timeout=timeout)
     except dist.DistError as error:
         meeting_point = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConnectionError(
@@ -125,11 +124,22 @@ def _world_alone(device: torch.device) -> World:
     return World(0, 1, 0, device, mesh=None, host_group=None, prefetch_group=None, save_group=None)
 
 
+def found_group_of_one(world: World) -> None:
+    """Makes the default process group of a world of size 1, for libraries that need one; `leave_world` ends it."""
+    if world.size == 1 and not dist.is_initialized():
+        dist.init_process_group(_backend(world.device), store=dist.HashStore(), rank=0, world_size=1)
+
+
 def leave_world(world: World) -> None:
     """Leaves in step with the others: without the barrier gloo aborts at teardown about half the time."""
     if world.size > 1:
         dist.barrier(group=world.host_group)
+    if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def _read_launcher_variables() -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from distrib.deepspeed_config import check_deepspeed_file
 from launch.config import RunConfig
 from models.config import model_config_class
 from models.user_code import require_package
@@ -79,6 +80,13 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     for key, kind in (("model.kind", config.model.kind), ("task.kind", config.task.kind)):
         if ":" in kind:
             require_package(kind, key)
+    check_deepspeed_file(
+        config.parallel,
+        config.optimizer,
+        config.schedule,
+        global_samples=config.batch.global_samples,
+        micro_samples=config.batch.micro_samples,
+    )
     return config
 
 

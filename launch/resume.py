@@ -17,9 +17,8 @@ _RULES: dict[Verdict, tuple[str, ...]] = {
     "harmless": (
         "run.name", "run.directory", "run.device", "run.max_skipped_in_a_row", "data.directory",
         "data.prefetch_steps", "data.source", "batch.micro_samples", "parallel.engine", "parallel.zero_stage",
-        "parallel.replicas", "parallel.offload",
-        "parallel.activation_checkpointing", "parallel.compile", "parallel.timeout_seconds", "checkpoint.",
-        "evaluation.", "tracking.",
+        "parallel.replicas", "parallel.offload", "parallel.activation_checkpointing", "parallel.compile",
+        "parallel.deepspeed_config", "parallel.timeout_seconds", "checkpoint.", "evaluation.", "tracking.",
     ),
     # The curve differs from here on, which may be what is wanted.
     "needs --allow-change": (

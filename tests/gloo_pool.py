@@ -96,7 +96,10 @@ def _call_in_world(
     from distrib.world import leave_world, single_process_world, world_of_group
 
     if world_size == 1:
-        return function(single_process_world("cpu"), *arguments)
+        try:
+            return function(single_process_world("cpu"), *arguments)
+        finally:
+            leave_world(single_process_world("cpu"))
     timeout = timedelta(seconds=_TIMEOUT_SECONDS / 2)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timeout)
     try:

@@ -1,9 +1,9 @@
-"""Small training runs for engine tests: a tiny GPT on ragged masks, under the native engine or a float64 reference."""
+"""Small training runs for engine tests: a tiny GPT on ragged masks, under any engine or a float64 reference."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distrib import engines
 from distrib.config import OptimizerConfig, ParallelConfig, ScheduleConfig
-from distrib.engine import EngineSetup
+from distrib.engine import Engine, EngineSetup
 from distrib.initialisation import make_initialised_model
 from distrib.native import NativeEngine
 from distrib.reduction import report_step
@@ -71,12 +72,12 @@ def share_of(
 def make_engine(
     world: World,
     optimizer: OptimizerConfig,
-    engine_class: type[NativeEngine] = NativeEngine,
+    engine_class: Callable[[EngineSetup], Any] = engines.make_engine,
     model: TransformerConfig = MODEL,
     precision: str = "fp32",
     zero_stage: int = 0,
     **options: Any,
-) -> NativeEngine:
+) -> Any:
     parallel = ParallelConfig(precision=precision, zero_stage=zero_stage, **options)
     return engine_class(
         EngineSetup(
@@ -92,7 +93,7 @@ def make_engine(
     )
 
 
-def take_step(engine: NativeEngine, step: int, micro_samples: int) -> tuple[float, float]:
+def take_step(engine: Engine, step: int, micro_samples: int) -> tuple[float, float]:
     world = engine.world
     batch = global_batch(step)
     items = TASK.items(batch)
@@ -106,7 +107,7 @@ def curve(
     world: World,
     optimizer: OptimizerConfig,
     micro_samples: int,
-    engine_class: type[NativeEngine] = NativeEngine,
+    engine_class: Callable[[EngineSetup], Any] = engines.make_engine,
     model: TransformerConfig = MODEL,
     precision: str = "fp32",
     zero_stage: int = 0,

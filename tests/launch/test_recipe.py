@@ -136,10 +136,33 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "unknown source": (GOOD, ["data.source=nowhere:x"], ["data.source", "nowhere:x", "stdlib, digits"]),
     "tokenizer too small": (GOOD, ["data.tokenizer=bpe:100"], ["bpe:100", "257"]),
     "no such ZeRO stage": (GOOD, ["parallel.zero_stage=7"], ["parallel.zero_stage=7", "0, 1, 2 or 3"]),
-    "engine that is not there": (GOOD, ["parallel.engine=deepspeed"], ["parallel.engine=deepspeed", "native"]),
+    "engine that is not there": (GOOD, ["parallel.engine=accelerate"], ["parallel.engine=accelerate", "native"]),
     "engine that nobody knows": (GOOD, ["parallel.engine=horovod"], ["parallel.engine=horovod", "native"]),
     "precision that is not there": (GOOD, ["parallel.precision=fp8"], ["parallel.precision=fp8", "'bf16' or 'fp16'"]),
-    "offload": (GOOD, ["parallel.offload=optimizer"], ["parallel.offload=optimizer", "native"]),
+    "offload": (
+        GOOD, ["parallel.offload=optimizer", "parallel.zero_stage=1"],
+        ["parallel.offload=optimizer", "parallel.engine=native", "engines that can: deepspeed"],
+    ),
+    "offload without sharding": (
+        GOOD, ["parallel.engine=deepspeed", "parallel.offload=optimizer"],
+        ["parallel.offload=optimizer", "parallel.zero_stage=0", "deepspeed at 1, 2, 3"],
+    ),
+    "offload of parameters below stage 3": (
+        GOOD, ["parallel.engine=deepspeed", "parallel.offload=parameters", "parallel.zero_stage=2"],
+        ["parallel.offload=parameters", "parallel.zero_stage=2", "deepspeed at 3"],
+    ),
+    "replicas under deepspeed": (
+        GOOD, ["parallel.engine=deepspeed", "parallel.replicas=2", "parallel.zero_stage=3"],
+        ["parallel.replicas=2", "parallel.engine=deepspeed", "engines that can: native"],
+    ),
+    "DeepSpeed file without DeepSpeed": (
+        GOOD, ["parallel.deepspeed_config=ds.json"],
+        ["parallel.deepspeed_config=ds.json", "parallel.engine=native", "engines that can: deepspeed"],
+    ),
+    "DeepSpeed file that is not there": (
+        GOOD, ["parallel.engine=deepspeed", "parallel.deepspeed_config=no/such.json"],
+        ["parallel.deepspeed_config=no/such.json", "cannot be read"],
+    ),
     "replicas": (GOOD, ["parallel.replicas=2"], ["parallel.replicas=2", "native"]),
     "sharding by accelerate": (
         GOOD, ["parallel.engine=accelerate", "parallel.zero_stage=2"],
