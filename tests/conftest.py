@@ -1,4 +1,4 @@
-"""Shared by all tests: a session-wide pool of gloo worker processes, so that a distributed test costs no interpreter."""
+"""Shared by all tests: a session-wide pool of worker processes, so that a distributed test costs no interpreter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
-from tests.gloo_pool import GlooPool
+from tests.worker_pool import WorkerPool
 
 
 def pytest_report_header() -> str:
@@ -22,7 +22,7 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(scope="session")
-def gloo_pool() -> Iterator[GlooPool]:
-    pool = GlooPool(size=4)
+def gloo_pool() -> Iterator[WorkerPool]:
+    pool = WorkerPool()
     yield pool
     pool.close()

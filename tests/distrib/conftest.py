@@ -1,34 +1,26 @@
-"""Ranks for engines that count what each process has built: the same processes together, every time."""
+"""The world sizes that the tests of an engine go through."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 
-from tests.gloo_pool import GlooPool
+from tests.worker_pool import WorkerPool
 
 
-class Ranks:
+class Ranks(NamedTuple):
     """A gloo world of one size."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._pool = GlooPool(size)
+    pool: WorkerPool
+    size: int
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """`function(world, *arguments)` on every rank; the results in rank order."""
-        return self._pool.run(function, self.size, *arguments)
-
-    def close(self) -> None:
-        self._pool.close()
+        return self.pool.run(function, self.size, *arguments)
 
 
-# DeepSpeed numbers modules through the life of a process and compares the numbers between ranks. Session scope, so that
-# the tests of one size run one after another and one world is alive at a time.
-@pytest.fixture(scope="session", params=[2, *(pytest.param(size, marks=pytest.mark.long) for size in (1, 3, 4))])
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    world = Ranks(request.param)
-    yield world
-    world.close()
+@pytest.fixture(params=[2, *(pytest.param(size, marks=pytest.mark.long) for size in (1, 3, 4))])
+def ranks(request: pytest.FixtureRequest, gloo_pool: WorkerPool) -> Ranks:
+    return Ranks(gloo_pool, request.param)

@@ -39,7 +39,7 @@ from tests.distrib.engine_runs import (
 )
 from tests.distrib.test_native_engine import assert_same_curve
 from tests.distrib.test_sharding import load_step, mesh_of, save_step, whole_tensors
-from tests.gloo_pool import GlooPool
+from tests.worker_pool import WorkerPool
 
 OPTIMIZERS = {"adamw": ADAMW_CLIPPED, "sgd": SGD_UNCLIPPED}
 ALONE = single_process_world("cpu")
@@ -63,14 +63,14 @@ def references() -> dict[str, Curve]:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_every_world_and_micro_batch_gives_the_reference_curve(
-    gloo_pool: GlooPool, references: dict[str, Curve], kind: str, world_size: int, micro_samples: int
+    gloo_pool: WorkerPool, references: dict[str, Curve], kind: str, world_size: int, micro_samples: int
 ) -> None:
     curves = gloo_pool.run(curve, world_size, OPTIMIZERS[kind], micro_samples, AccelerateEngine)
     assert all(points == curves[0] for points in curves), "ranks must report the same numbers"
     assert_same_curve(curves[0], references[kind])
 
 
-def test_a_wrong_gradient_is_noticed(gloo_pool: GlooPool, references: dict[str, Curve]) -> None:
+def test_a_wrong_gradient_is_noticed(gloo_pool: WorkerPool, references: dict[str, Curve]) -> None:
     points = gloo_pool.run(curve, 2, SGD_UNCLIPPED, 2, HalvedGradient)[0]
     with pytest.raises(AssertionError, match="of step"):
         assert_same_curve(points, references["sgd"])
@@ -80,7 +80,7 @@ def test_a_wrong_gradient_is_noticed(gloo_pool: GlooPool, references: dict[str, 
     ("precision", "world_size"),
     [("bf16", 2), ("fp32", 3), *(pytest.param("fp16", size, marks=pytest.mark.long) for size in (1, 2, 3))],
 )
-def test_it_is_the_native_run_bit_for_bit(gloo_pool: GlooPool, precision: str, world_size: int) -> None:
+def test_it_is_the_native_run_bit_for_bit(gloo_pool: WorkerPool, precision: str, world_size: int) -> None:
     """Both replicate by DDP with the same options: closer than the 2**-12 that bf16 is allowed between engines."""
     native, accelerate = (
         gloo_pool.run(curve, world_size, ADAMW_CLIPPED, 2, engine, MODEL, precision)[0]
@@ -114,7 +114,7 @@ def _communications(world: World, micro_samples: int) -> list[int]:
     return [sum(sizes), sum(4 * parameter.numel() for parameter in engine.module.parameters())]
 
 
-def test_gradients_travel_once_per_step_however_many_micro_batches(gloo_pool: GlooPool) -> None:
+def test_gradients_travel_once_per_step_however_many_micro_batches(gloo_pool: WorkerPool) -> None:
     for sent, expected in gloo_pool.run(_communications, 2, 1):
         assert sent == expected
 
@@ -134,7 +134,7 @@ def _poisoned(world: World) -> tuple[list[bool], list[bool], int]:
     return skipped, changed, engine.canonical_state().scalars["optimizer_updates"]
 
 
-def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(gloo_pool: GlooPool) -> None:
+def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(gloo_pool: WorkerPool) -> None:
     for skipped, changed, updates in gloo_pool.run(_poisoned, 2):
         assert (skipped, changed, updates) == ([False, True, False], [True, False, True], 2)
 
@@ -171,7 +171,7 @@ def _half_used(world: World, engine_class: type) -> tuple[bool, Curve]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_dry_run_keeps_nothing_and_finds_unused_parameters(gloo_pool: GlooPool, world_size: int) -> None:
+def test_a_dry_run_keeps_nothing_and_finds_unused_parameters(gloo_pool: WorkerPool, world_size: int) -> None:
     accelerate, native = (gloo_pool.run(_half_used, world_size, e)[0] for e in (AccelerateEngine, NativeEngine))
     assert accelerate == native
     assert accelerate[0]
@@ -202,7 +202,7 @@ def _load_and_save(world: World, engine_class: type, zero_stage: int, root: str,
     ids=lambda side: f"{side[0].__name__} on {side[1]} at stage {side[2]}",
 )
 def test_checkpoints_pass_between_the_engines(
-    gloo_pool: GlooPool, references: dict[str, Curve], tmp_path: Path, saves: Any, loads: Any
+    gloo_pool: WorkerPool, references: dict[str, Curve], tmp_path: Path, saves: Any, loads: Any
 ) -> None:
     first, again = str(tmp_path / "first"), str(tmp_path / "again")
     gloo_pool.run(_train_and_save, saves[1], saves[0], saves[2], first)
@@ -244,7 +244,7 @@ def _answers(world: World, variables: list[dict[str, str]]) -> list[str]:
     return answers
 
 
-def test_what_accelerate_would_not_do_is_refused_in_a_line(gloo_pool: GlooPool) -> None:
+def test_what_accelerate_would_not_do_is_refused_in_a_line(gloo_pool: WorkerPool) -> None:
     innocent = [{"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_FSDP": "false"}]
     for answers in gloo_pool.run(_answers, 2, [variables for variables, _ in REFUSED] + innocent):
         *refusals, last = answers
@@ -273,7 +273,7 @@ def _made_twice(world: World, optimizer: OptimizerConfig) -> bool:
 
 
 @pytest.mark.parametrize("world_size", [2, 1])
-def test_engines_in_one_process_follow_each_other(gloo_pool: GlooPool, world_size: int) -> None:
+def test_engines_in_one_process_follow_each_other(gloo_pool: WorkerPool, world_size: int) -> None:
     assert all(gloo_pool.run(_made_twice, world_size, SGD_UNCLIPPED))
 
 

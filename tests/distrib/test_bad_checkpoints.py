@@ -17,7 +17,7 @@ from distrib.manifest import BadCheckpoint, write_manifest
 from distrib.world import World, single_process_world
 from tests.distrib.engine_runs import ADAMW_CLIPPED, SGD_UNCLIPPED, make_engine, take_step
 from tests.distrib.test_sharding import mesh_of, save_step
-from tests.gloo_pool import GlooPool
+from tests.worker_pool import WorkerPool
 
 ALONE = single_process_world("cpu")
 
@@ -35,7 +35,7 @@ def _newest(world: World, root: str) -> tuple[str | None, list[tuple[str, str]]]
 
 
 @pytest.fixture
-def root(gloo_pool: GlooPool, tmp_path: Path) -> Path:
+def root(gloo_pool: WorkerPool, tmp_path: Path) -> Path:
     """Checkpoints of steps 1 and 2, each of two workers at ZeRO stage 3."""
     gloo_pool.run(_save_two, 2, str(tmp_path))
     return tmp_path
@@ -66,7 +66,7 @@ def add_third_rank(bad: Path, earlier: Path) -> None:
     ],
 )
 def test_all_workers_pass_it_over_and_say_which_file(
-    gloo_pool: GlooPool, root: Path, damage: Callable[[Path, Path], None], reason: str
+    gloo_pool: WorkerPool, root: Path, damage: Callable[[Path, Path], None], reason: str
 ) -> None:
     bad = root / "step-00000002"
     damage(bad, root / "step-00000001")
@@ -93,7 +93,7 @@ def _load_refused(world: World, path: str) -> str:
 
 
 @pytest.mark.parametrize("without", ["model-00001.safetensors", "optimizer-00001.safetensors"])
-def test_a_missing_piece_is_never_left_as_it_was(gloo_pool: GlooPool, root: Path, without: str) -> None:
+def test_a_missing_piece_is_never_left_as_it_was(gloo_pool: WorkerPool, root: Path, without: str) -> None:
     """Though all that the manifest lists verifies."""
     path = root / "step-00000002"
     take_out(path, without)

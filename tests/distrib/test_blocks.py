@@ -17,7 +17,7 @@ from tests.distrib.engine_runs import (
 )
 from tests.distrib.test_native_engine import assert_same_curve
 from tests.distrib.test_sharding import mesh_of
-from tests.gloo_pool import GlooPool
+from tests.worker_pool import WorkerPool
 
 ALONE = single_process_world("cpu")
 WITH_DROPOUT = MODEL.model_copy(update={"dropout": 0.2})
@@ -32,7 +32,7 @@ def _curve(world: World, zero_stage: int, activation_checkpointing: str, precisi
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (2, 0), (2, 3)])
-def test_recomputing_changes_no_bit(gloo_pool: GlooPool, world_size: int, zero_stage: int, precision: str) -> None:
+def test_recomputing_changes_no_bit(gloo_pool: WorkerPool, world_size: int, zero_stage: int, precision: str) -> None:
     kept, *recomputed = (
         gloo_pool.run(_curve, world_size, zero_stage, how, precision)[0] for how in ("none", "selective", "full")
     )
@@ -63,7 +63,7 @@ def test_recomputing_keeps_less() -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (2, 3)])
-def test_compiled_blocks_give_the_reference_curve(gloo_pool: GlooPool, world_size: int, zero_stage: int) -> None:
+def test_compiled_blocks_give_the_reference_curve(gloo_pool: WorkerPool, world_size: int, zero_stage: int) -> None:
     points = gloo_pool.run(_compiled_curve, world_size, zero_stage)[0]
     assert_same_curve(points, reference_curve(ADAMW_CLIPPED))
 

@@ -30,7 +30,7 @@ from distrib.manifest import BadCheckpoint, published_checkpoints, remove_tempor
 from distrib.native import NativeEngine
 from distrib.world import World, single_process_world
 from tests.distrib.engine_runs import ADAMW_CLIPPED, MODEL, SGD_UNCLIPPED, make_engine, take_step
-from tests.gloo_pool import GlooPool
+from tests.worker_pool import WorkerPool
 
 CONFIG = CheckpointConfig()
 ALONE = single_process_world("cpu")
@@ -73,7 +73,7 @@ def _load(world: World, path: str, optimizer: OptimizerConfig) -> tuple[dict[str
 @pytest.mark.parametrize("optimizer", [ADAMW_CLIPPED, SGD_UNCLIPPED], ids=lambda o: o.kind)
 @pytest.mark.parametrize(("saved_at", "loaded_at"), [(1, 1), (3, 1), (1, 2), (2, 3)])
 def test_every_tensor_is_bit_equal_at_any_world_size(
-    gloo_pool: GlooPool, tmp_path: Path, saved_at: int, loaded_at: int, optimizer: OptimizerConfig
+    gloo_pool: WorkerPool, tmp_path: Path, saved_at: int, loaded_at: int, optimizer: OptimizerConfig
 ) -> None:
     saved = gloo_pool.run(_train_and_save, saved_at, str(tmp_path), optimizer)[0]
     for tensors, scalars in gloo_pool.run(_load, loaded_at, str(tmp_path / "step-00000003"), optimizer):
@@ -84,7 +84,7 @@ def test_every_tensor_is_bit_equal_at_any_world_size(
         }  # fmt: skip
 
 
-def test_files_are_plain_safetensors_under_full_names_with_nothing_twice(gloo_pool: GlooPool, tmp_path: Path) -> None:
+def test_files_are_plain_safetensors_under_full_names_with_nothing_twice(gloo_pool: WorkerPool, tmp_path: Path) -> None:
     saved = gloo_pool.run(_train_and_save, 2, str(tmp_path), ADAMW_CLIPPED)[0]
     found: dict[str, torch.Tensor] = {}
     for path in (tmp_path / "step-00000003").glob("*.safetensors"):
@@ -97,7 +97,7 @@ def test_files_are_plain_safetensors_under_full_names_with_nothing_twice(gloo_po
     assert {name.replace("model.", f"optimizer.{state}.", 1) for state in ("exp_avg", "exp_avg_sq")} <= found.keys()
 
 
-def test_the_same_state_is_written_as_the_same_bytes_by_other_processes(gloo_pool: GlooPool, tmp_path: Path) -> None:
+def test_the_same_state_is_written_as_the_same_bytes_by_other_processes(gloo_pool: WorkerPool, tmp_path: Path) -> None:
     script = (
         "from tests.distrib.test_checkpoint import _train_and_save, ALONE, ADAMW_CLIPPED; import sys;"
         "_train_and_save(ALONE, sys.argv[1], ADAMW_CLIPPED)"
@@ -247,7 +247,7 @@ def _save_with_no_room(world: World, root: str) -> str:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_no_room_on_one_rank_fails_the_save_on_all_and_leaves_the_earlier_one(
-    gloo_pool: GlooPool, tmp_path: Path, world_size: int
+    gloo_pool: WorkerPool, tmp_path: Path, world_size: int
 ) -> None:
     for message in gloo_pool.run(_save_with_no_room, world_size, str(tmp_path)):
         assert "no room for a checkpoint" in message

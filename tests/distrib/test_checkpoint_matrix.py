@@ -13,7 +13,7 @@ from distrib.engine import Engine
 from distrib.world import World, single_process_world
 from tests.distrib.lockstep_runs import Curve, Layout, lockstep_engine, take_steps
 from tests.distrib.test_lockstep_matrix import LAYOUTS, LOSS_TOLERANCE, NORM_TOLERANCE, PLAIN
-from tests.gloo_pool import GlooPool
+from tests.worker_pool import WorkerPool
 
 ALONE = single_process_world("cpu")
 TAKEN = 3
@@ -75,7 +75,7 @@ def assert_agree(found: Curve, expected: Curve) -> None:
     [pytest.param(layout, marks=() if layout in SHORT else pytest.mark.long) for layout in EXCHANGED],
     ids=lambda layout: f"{layout.name}, world {layout.world_size}",
 )
-def test_checkpoints_pass_between_all_engines(gloo_pool: GlooPool, tmp_path: Path, layout: Layout) -> None:
+def test_checkpoints_pass_between_all_engines(gloo_pool: WorkerPool, tmp_path: Path, layout: Layout) -> None:
     reference, again, own = (str(tmp_path / name) for name in ("reference", "again", "own"))
     expected = trained(ALONE, PLAIN, reference)
     assert_agree(gloo_pool.run(loaded_and_saved, layout.world_size, layout, reference, again)[0], expected)

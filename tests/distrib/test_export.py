@@ -23,7 +23,7 @@ from distrib.world import single_process_world
 from models.build import build_model
 from tests.distrib.engine_runs import MODEL, SHAPE
 from tests.distrib.test_sharding import _save_after, whole_tensors
-from tests.gloo_pool import GlooPool
+from tests.worker_pool import WorkerPool
 
 ALONE = single_process_world("cpu")
 
@@ -37,7 +37,7 @@ def saved(root: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
 @pytest.mark.parametrize(("world_size", "zero_stage", "replicas"), [(1, 0, 1), (2, 0, 1), (3, 3, 1), (4, 2, 2)])
 @pytest.mark.parametrize("file_bytes", [10**9, 20_000])
 def test_a_plain_model_loads_what_any_layout_saved(
-    gloo_pool: GlooPool, tmp_path: Path, world_size: int, zero_stage: int, replicas: int, file_bytes: int
+    gloo_pool: WorkerPool, tmp_path: Path, world_size: int, zero_stage: int, replicas: int, file_bytes: int
 ) -> None:
     gloo_pool.run(_save_after, world_size, zero_stage, replicas, str(tmp_path), 3)
     checkpoint = open_checkpoint(tmp_path / "step-00000003", ALONE)
@@ -114,7 +114,7 @@ def test_nothing_is_overwritten_and_nothing_half_done_is_left(tmp_path: Path) ->
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
 
 
-def test_a_piece_that_no_file_holds_is_noticed(gloo_pool: GlooPool, tmp_path: Path) -> None:
+def test_a_piece_that_no_file_holds_is_noticed(gloo_pool: WorkerPool, tmp_path: Path) -> None:
     """Though every file that the manifest lists verifies."""
     gloo_pool.run(_save_after, 2, 3, 1, str(tmp_path), 3)
     path = tmp_path / "step-00000003"

@@ -13,7 +13,7 @@ from distrib.sharding import local
 from distrib.world import World, single_process_world
 from tests.distrib.engine_runs import ADAMW_CLIPPED, SGD_UNCLIPPED, curve, make_engine, reference_curve, take_step
 from tests.distrib.test_sharding import load_step, mesh_of, save_step
-from tests.gloo_pool import GlooPool
+from tests.worker_pool import WorkerPool
 
 ALONE = single_process_world("cpu")
 
@@ -36,7 +36,9 @@ def _curve(world: World, zero_stage: int, precision: str) -> list[tuple[float, f
 
 
 @pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (2, 0), (2, 1), (2, 3)])
-def test_the_loss_scale_does_not_reach_the_gradient_norm(gloo_pool: GlooPool, world_size: int, zero_stage: int) -> None:
+def test_the_loss_scale_does_not_reach_the_gradient_norm(
+    gloo_pool: WorkerPool, world_size: int, zero_stage: int
+) -> None:
     reference = reference_curve(SGD_UNCLIPPED)
     points = gloo_pool.run(_curve, world_size, zero_stage, "fp16")[0]
     # fp16 rounds to 2**-11: a step's loss and norm average many such roundings.
@@ -60,7 +62,7 @@ def _overflowing(world: World, zero_stage: int) -> tuple[list[bool], list[bool],
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
-def test_overflow_skips_steps_until_the_scale_fits(gloo_pool: GlooPool, zero_stage: int) -> None:
+def test_overflow_skips_steps_until_the_scale_fits(gloo_pool: WorkerPool, zero_stage: int) -> None:
     answers = gloo_pool.run(_overflowing, 2, zero_stage)
     skipped, changed, scale = answers[0]
     assert answers[1] == answers[0]

@@ -11,7 +11,7 @@ from distrib.world import World
 from models.build import build_model
 from models.config import ResNetConfig, TransformerConfig
 from tests.distrib.engine_runs import MODEL, SHAPE
-from tests.gloo_pool import GlooPool
+from tests.worker_pool import WorkerPool
 
 CPU = torch.device("cpu")
 GOLDEN_KEY = 6365159002178424754
@@ -47,7 +47,7 @@ def _hash(world: World) -> float:
     return sum(tensor.double().sum().item() for tensor in _weights(MODEL, 5).values())
 
 
-def test_the_world_size_does_not_matter(gloo_pool: GlooPool) -> None:
+def test_the_world_size_does_not_matter(gloo_pool: WorkerPool) -> None:
     assert len({*gloo_pool.run(_hash, 1), *gloo_pool.run(_hash, 3)}) == 1
 
 

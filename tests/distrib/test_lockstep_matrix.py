@@ -23,7 +23,7 @@ from tests.distrib.lockstep_runs import (
     lockstep_curves,
     reference_curve,
 )
-from tests.gloo_pool import GlooPool
+from tests.worker_pool import WorkerPool
 
 # fp32 against float64: what the order of summation does in 20 steps. Never to be loosened.
 LOSS_TOLERANCE, NORM_TOLERANCE = 2e-6, 2e-5
@@ -31,9 +31,9 @@ LOSS_TOLERANCE, NORM_TOLERANCE = 2e-6, 2e-5
 # rounding, and a step later that of all that depends on it.
 BF16_LOSS_TOLERANCE, BF16_NORM_TOLERANCE = 2**-7, 2**-5
 
-STAGES = [("native", 0), ("native", 1), ("native", 2), ("native", 3)]
+STAGES = [*(("native", stage) for stage in range(4)), *(("deepspeed", stage) for stage in range(4)), ("accelerate", 0)]
 LAYOUTS = [
-    *(Layout(engine, stage, size) for engine, stage in STAGES for size in (1, 2, 3, 4) if size > 1 or not stage),
+    *(Layout(engine, stage, size) for engine, stage in STAGES for size in (1, 2, 3, 4)),
     *(Layout("native", stage, 4, replicas=2) for stage in (1, 2, 3)),
 ]
 SMALLEST = [*{layout.name: layout for layout in reversed(LAYOUTS) if layout.world_size > 1}.values()]
@@ -120,7 +120,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
 @pytest.mark.parametrize(("kind", "optimizer"), [("gpt", "adamw"), ("resnet", "sgd")])
 @pytest.mark.parametrize("layout", SMALLEST, ids=lambda layout: layout.name)
 def test_every_engine_and_stage_gives_the_reference_curve(
-    gloo_pool: GlooPool, layout: Layout, kind: str, optimizer: str
+    gloo_pool: WorkerPool, layout: Layout, kind: str, optimizer: str
 ) -> None:
     curves = gloo_pool.run(lockstep_curve, layout.world_size, layout, kind, optimizer, 2, "fp32")
     assert all(curve == curves[0] for curve in curves), "ranks must report the same numbers"
@@ -131,7 +131,7 @@ def test_every_engine_and_stage_gives_the_reference_curve(
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("kind", DATASETS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.name}, world {layout.world_size}")
-def test_the_whole_matrix(gloo_pool: GlooPool, table: Table, layout: Layout, kind: str, optimizer: str) -> None:
+def test_the_whole_matrix(gloo_pool: WorkerPool, table: Table, layout: Layout, kind: str, optimizer: str) -> None:
     answers = gloo_pool.run(lockstep_curves, layout.world_size, layout, kind, optimizer)
     assert all(curves == answers[0] for curves in answers), "ranks must report the same numbers"
     assert len(answers[0]) == len(PRECISIONS) * len(ACCUMULATIONS)

@@ -26,7 +26,7 @@ from tests.distrib.engine_runs import (
     share_of,
     take_step,
 )
-from tests.gloo_pool import GlooPool
+from tests.worker_pool import WorkerPool
 
 LOSS_TOLERANCE, NORM_TOLERANCE = 2e-6, 2e-5
 OPTIMIZERS = {"adamw": ADAMW_CLIPPED, "sgd": SGD_UNCLIPPED}
@@ -54,7 +54,7 @@ def test_the_reference_learns_and_clips(references: dict[str, Curve]) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_every_world_and_micro_batch_gives_the_reference_curve(
-    gloo_pool: GlooPool, references: dict[str, Curve], kind: str, world_size: int, micro_samples: int
+    gloo_pool: WorkerPool, references: dict[str, Curve], kind: str, world_size: int, micro_samples: int
 ) -> None:
     curves = gloo_pool.run(curve, world_size, OPTIMIZERS[kind], micro_samples)
     assert all(points == curves[0] for points in curves), "ranks must report the same numbers"
@@ -64,14 +64,14 @@ def test_every_world_and_micro_batch_gives_the_reference_curve(
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("wrong_engine", [HalvedGradient, MeanOfMeans])
 def test_a_wrong_gradient_is_noticed(
-    gloo_pool: GlooPool, references: dict[str, Curve], kind: str, wrong_engine: type
+    gloo_pool: WorkerPool, references: dict[str, Curve], kind: str, wrong_engine: type
 ) -> None:
     points = gloo_pool.run(curve, 2, OPTIMIZERS[kind], 2, wrong_engine)[0]
     with pytest.raises(AssertionError, match="of step"):
         assert_same_curve(points, references[kind])
 
 
-def test_clipping_per_rank_is_noticed(gloo_pool: GlooPool, references: dict[str, Curve]) -> None:
+def test_clipping_per_rank_is_noticed(gloo_pool: WorkerPool, references: dict[str, Curve]) -> None:
     points = gloo_pool.run(curve, 2, ADAMW_CLIPPED, 7, PerRankClip)[0]
     with pytest.raises(AssertionError, match="of step"):
         assert_same_curve(points, references["adamw"])
@@ -85,7 +85,7 @@ def test_wrong_decay_groups_are_noticed(references: dict[str, Curve]) -> None:
     assert_same_curve(curve(single_process_world("cpu"), strong, 7), reference_curve(strong))
 
 
-def test_bf16_computes_in_bf16_and_keeps_fp32_weights(gloo_pool: GlooPool, references: dict[str, Curve]) -> None:
+def test_bf16_computes_in_bf16_and_keeps_fp32_weights(gloo_pool: WorkerPool, references: dict[str, Curve]) -> None:
     one = curve(single_process_world("cpu"), ADAMW_CLIPPED, 7, precision="bf16")
     two = gloo_pool.run(curve, 2, ADAMW_CLIPPED, 7, NativeEngine, MODEL, "bf16")[0]
     for points in (one, two):
@@ -110,7 +110,7 @@ def _gradient_communications(world: World, micro_samples: int) -> list[int]:
     return sizes
 
 
-def test_gradients_travel_once_per_step_however_many_micro_batches(gloo_pool: GlooPool) -> None:
+def test_gradients_travel_once_per_step_however_many_micro_batches(gloo_pool: WorkerPool) -> None:
     for sizes in (*gloo_pool.run(_gradient_communications, 2, 7), *gloo_pool.run(_gradient_communications, 2, 1)):
         engine = make_engine(single_process_world("cpu"), SGD_UNCLIPPED)
         assert sum(sizes) == sum(4 * parameter.numel() for parameter in engine.module.parameters())
@@ -133,7 +133,7 @@ def _poisoned_run(world: World) -> tuple[list[bool], list[bool], float]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(gloo_pool: GlooPool, world_size: int) -> None:
+def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(gloo_pool: WorkerPool, world_size: int) -> None:
     for skipped, changed, updates in gloo_pool.run(_poisoned_run, world_size):
         assert skipped == [False, True, False]
         assert changed == [True, False, True]

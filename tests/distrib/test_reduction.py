@@ -10,7 +10,7 @@ import torch
 from distrib.engine import StepResult
 from distrib.reduction import StepReport, report_step
 from distrib.world import World
-from tests.gloo_pool import GlooPool
+from tests.worker_pool import WorkerPool
 
 FOLDS = [-1, 2**63 - 1, 0x1234_5678_9ABC_DEF0]
 
@@ -33,7 +33,7 @@ def _report(world: World, norm: float, asked: int | None) -> StepReport:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_sums_are_exact_and_the_same_everywhere(gloo_pool: GlooPool, world_size: int) -> None:
+def test_sums_are_exact_and_the_same_everywhere(gloo_pool: WorkerPool, world_size: int) -> None:
     reports = gloo_pool.run(_report, world_size, 0.1, None)
     assert all(report == reports[0] for report in reports)
     report = reports[0]
@@ -46,11 +46,11 @@ def test_sums_are_exact_and_the_same_everywhere(gloo_pool: GlooPool, world_size:
     assert report.learning_rate == 0.5
 
 
-def test_one_rank_that_is_asked_to_stop_stops_all(gloo_pool: GlooPool) -> None:
+def test_one_rank_that_is_asked_to_stop_stops_all(gloo_pool: WorkerPool) -> None:
     assert all(report.stop_requested for report in gloo_pool.run(_report, 3, 0.1, 2))
 
 
-def test_a_norm_that_is_not_finite_arrives_as_it_is(gloo_pool: GlooPool) -> None:
+def test_a_norm_that_is_not_finite_arrives_as_it_is(gloo_pool: WorkerPool) -> None:
     for report in gloo_pool.run(_report, 2, float("inf"), None):
         assert report.gradient_norm == math.inf
         assert report.skipped

@@ -27,7 +27,7 @@ from distrib.world import World, single_process_world
 from tests.distrib.engine_runs import ADAMW_CLIPPED, make_engine, take_step
 from tests.distrib.test_checkpoint import kill_again_and_again
 from tests.distrib.test_sharding import mesh_of
-from tests.gloo_pool import GlooPool
+from tests.worker_pool import WorkerPool
 
 ALONE = single_process_world("cpu")
 # Written, hashed and flushed to the disk in far more time than some steps of the tiny model take.
@@ -103,7 +103,7 @@ def _kept_and_live(engine: NativeEngine) -> list[tuple[torch.Tensor, torch.Tenso
 
 @pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (2, 0), (2, 3)])
 def test_what_is_saved_beside_training_is_what_waiting_would_save(
-    gloo_pool: GlooPool, tmp_path: Path, world_size: int, zero_stage: int
+    gloo_pool: WorkerPool, tmp_path: Path, world_size: int, zero_stage: int
 ) -> None:
     """The same files with the same bytes, manifests too, though training was steps ahead when they were written."""
     for failures, later_steps_change_all in gloo_pool.run(_save_both_ways, world_size, zero_stage, str(tmp_path)):
@@ -168,7 +168,7 @@ def _snapshot_twice(world: World) -> tuple[bool, bool, bool]:
     return same_memory, sharded_alike, up_to_date
 
 
-def test_a_snapshot_keeps_its_memory_and_the_sharding(gloo_pool: GlooPool) -> None:
+def test_a_snapshot_keeps_its_memory_and_the_sharding(gloo_pool: WorkerPool) -> None:
     assert gloo_pool.run(_snapshot_twice, 2) == [(True, True, True)] * 2
 
 
@@ -181,7 +181,7 @@ def _copy_from_another_device(world: World) -> list[tuple[str, str]]:
     return [(type(tensor).__name__, local(tensor).device.type) for tensor in (elsewhere, buffer)]
 
 
-def test_a_snapshot_of_a_device_lies_in_host_memory(gloo_pool: GlooPool) -> None:
+def test_a_snapshot_of_a_device_lies_in_host_memory(gloo_pool: WorkerPool) -> None:
     for found in gloo_pool.run(_copy_from_another_device, 2):
         assert found == [("DTensor", "meta"), ("DTensor", "cpu")]
 
@@ -219,7 +219,7 @@ def _save_without_room(world: World, asynchronous: bool, root: str) -> list[tupl
 @pytest.mark.parametrize("asynchronous", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_failed_save_is_told_on_every_rank_and_the_next_one_works(
-    gloo_pool: GlooPool, tmp_path: Path, world_size: int, asynchronous: bool
+    gloo_pool: WorkerPool, tmp_path: Path, world_size: int, asynchronous: bool
 ) -> None:
     for told in gloo_pool.run(_save_without_room, world_size, asynchronous, str(tmp_path)):
         (_, first), (_, second), (_, third) = told

@@ -11,7 +11,7 @@ from distrib.config import ParallelConfig
 from distrib.native import NativeEngine
 from tests.distrib.engine_runs import ADAMW_CLIPPED, MODEL, make_engine
 from tests.distrib.lockstep_runs import laid_out
-from tests.gloo_pool import GlooPool
+from tests.worker_pool import WorkerPool
 
 DEEP = MODEL.model_copy(update={"layers": 8, "width": 128})
 
@@ -38,7 +38,7 @@ def _start(world: Any) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_the_start_holds_the_shard_and_at_most_one_unit(gloo_pool: GlooPool, world_size: int) -> None:
+def test_the_start_holds_the_shard_and_at_most_one_unit(gloo_pool: WorkerPool, world_size: int) -> None:
     for measured in gloo_pool.run(_start, world_size):
         assert measured["unit"] < 0.2 * measured["whole"]
         assert measured["shard"] <= measured["peak"] <= measured["shard"] + measured["unit"]

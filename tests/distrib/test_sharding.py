@@ -31,7 +31,7 @@ from tests.distrib.engine_runs import (
     take_step,
 )
 from tests.distrib.test_native_engine import assert_same_curve
-from tests.gloo_pool import GlooPool
+from tests.worker_pool import WorkerPool
 
 ALONE = single_process_world("cpu")
 
@@ -58,13 +58,13 @@ def _curve(
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_a_wrong_gradient_is_noticed(gloo_pool: GlooPool, zero_stage: int) -> None:
+def test_a_wrong_gradient_is_noticed(gloo_pool: WorkerPool, zero_stage: int) -> None:
     points = gloo_pool.run(_curve, 2, zero_stage, 1, SGD_UNCLIPPED, 7, HalvedGradient)[0]
     with pytest.raises(AssertionError, match="of step"):
         assert_same_curve(points, reference_curve(SGD_UNCLIPPED))
 
 
-def test_bf16_is_the_same_arithmetic_at_every_stage(gloo_pool: GlooPool) -> None:
+def test_bf16_is_the_same_arithmetic_at_every_stage(gloo_pool: WorkerPool) -> None:
     """Every product is rounded to bf16 alike; what differs is the order in which fp32 gradients are summed."""
     replicated, *sharded = (
         gloo_pool.run(_curve, 2, stage, 1, ADAMW_CLIPPED, 7, NativeEngine, "bf16")[0] for stage in (0, 1, 2, 3)
@@ -95,7 +95,7 @@ def _held(world: World, zero_stage: int) -> tuple[int, int, int, list[str]]:
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_weights_gradients_and_optimizer_state_are_shared_out(gloo_pool: GlooPool, zero_stage: int) -> None:
+def test_weights_gradients_and_optimizer_state_are_shared_out(gloo_pool: WorkerPool, zero_stage: int) -> None:
     total = sum(parameter.numel() for parameter in make_engine(ALONE, ADAMW_CLIPPED).module.parameters())
     parts = gloo_pool.run(_held, 2, zero_stage)
     assert sum(weights for weights, *_ in parts) == total
@@ -140,7 +140,7 @@ def _initial_values(world: World, zero_stage: int) -> dict[str, torch.Tensor]:
     }
 
 
-def test_initial_values_do_not_depend_on_the_layout(gloo_pool: GlooPool) -> None:
+def test_initial_values_do_not_depend_on_the_layout(gloo_pool: WorkerPool) -> None:
     expected = _initial_values(ALONE, 0)
     for world_size in (2, 3):
         for found in gloo_pool.run(_initial_values, world_size, 3):
@@ -163,7 +163,7 @@ def _poisoned(world: World, zero_stage: int) -> tuple[list[bool], list[bool]]:
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(gloo_pool: GlooPool, zero_stage: int) -> None:
+def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(gloo_pool: WorkerPool, zero_stage: int) -> None:
     for skipped, changed in gloo_pool.run(_poisoned, 2, zero_stage):
         assert skipped == [False, True, False]
         assert changed == [True, False, True]

@@ -19,6 +19,6 @@ def pytest_collection_modifyitems() -> None:
 
 @pytest.fixture(scope="session")
 def nccl_pool() -> Iterator[WorkerPool]:
-    pool = WorkerPool(min(4, torch.cuda.device_count()), device_kind="cuda")
+    pool = WorkerPool(device_kind="cuda")
     yield pool
     pool.close()
