@@ -16,6 +16,7 @@ import os
 import platform
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -44,7 +45,12 @@ MODEL = TransformerConfig(layers=10, width=640, heads=10, positions="learned", n
 SHAPE = InputShape(vocabulary_size=512, sequence_tokens=16)
 OPTIMIZER = OptimizerConfig()
 # (engine, ZeRO stage, replicas)
-CONFIGURATIONS = [*(("native", stage, 1) for stage in range(4)), *(("native", stage, 2) for stage in (1, 2, 3))]
+CONFIGURATIONS = [
+    *(("native", stage, 1) for stage in range(4)),
+    *(("native", stage, 2) for stage in (1, 2, 3)),
+    *(("deepspeed", stage, 1) for stage in range(4)),
+    ("accelerate", 0, 1),
+]
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def measure(case: Case) -> dict[str, Any]:
             raise RuntimeError(f"{case.name}: a worker failed")
         ranks = [results.get() for _ in workers]
     measured = {key: max(rank[key] for rank in ranks) for key in _MEMORY}
-    return {**measured, "traffic": ranks[0]["traffic"], "dtypes": ranks[0]["dtypes"], "elements": ranks[0]["elements"]}
+    return {**measured, "traffic": ranks[0]["traffic"], "dtypes": ranks[0]["dtypes"], "sizes": ranks[0]["sizes"]}
 
 
 def _work(case: Case, rank: int, store: str, results: Any) -> None:
@@ -109,7 +115,6 @@ def _work(case: Case, rank: int, store: str, results: Any) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=case.world_size, timeout=timeout)
     shards = count_shards(case.parallel, case.world_size)
     world = world_of_group(rank, torch.device("cpu"), timeout, shards)
-    elements = sum(parameter.numel() for parameter in _build("meta").parameters())
     before = live_bytes()
     task = build_task(TaskConfig(kind="language_modelling"))
     setup = EngineSetup(
@@ -118,6 +123,7 @@ def _work(case: Case, rank: int, store: str, results: Any) -> None:
     engine = make_engine(setup)
     micro_batch = Micro({"tokens": torch.arange(17).view(1, 17)}, first_position=rank)
     held = live_bytes() - before
+    buffers = storage_bytes(_gradient_buffers(engine))
     engine.dry_run(micro_batch)
     seen: dict[str, float] = {}
 
@@ -135,15 +141,24 @@ def _work(case: Case, rank: int, store: str, results: Any) -> None:
         traffic[kind.operation] += size
     results.put(
         {
-            "elements": elements,
-            "parameters": held - seen["optimizer"],
-            "gradients": seen["gradients"],
+            "sizes": [parameter.numel() for parameter in _build("meta").parameters()],
+            "parameters": held - seen["optimizer"] - buffers,
+            "gradients": seen["gradients"] + buffers,
             "optimizer": seen["optimizer"],
             "traffic": dict(traffic),
             "dtypes": sorted({kind.dtype for kind, size in counter.payload_bytes.items() if size > 1000}),
         }
     )
     leave_world(world)
+
+
+def _gradient_buffers(engine: Any) -> Iterator[torch.Tensor]:
+    """What an engine sets aside for gradients before there are any: DeepSpeed's stage 3 does."""
+    zero = getattr(getattr(engine, "_engine", None), "optimizer", None)
+    if hasattr(zero, "grad_partitions_flat_buffer"):
+        yield zero.grad_partitions_flat_buffer
+        for bucket in zero.ipg_buckets.values():
+            yield bucket.buffer
 
 
 def _build(device: str = "cpu") -> torch.nn.Module:
@@ -153,7 +168,7 @@ def _build(device: str = "cpu") -> torch.nn.Module:
 
 def deviations(case: Case, measured: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """What is measured -> (bytes, bytes of the engine's formula)."""
-    stated = formula(case, measured["elements"])
+    stated = formula(case, measured["sizes"])
     pairs = {name: (measured[name], getattr(stated, name)) for name in _MEMORY}
     for operation in stated.traffic.keys() | measured["traffic"].keys():
         pairs[operation] = (measured["traffic"].get(operation, 0), stated.traffic.get(operation, 0.0))
@@ -165,8 +180,8 @@ def within_tolerance(size: float, stated: float, whole: float) -> bool:
     return abs(size - stated) <= (TOLERANCE * stated if stated else 1e-4 * whole)
 
 
-def formula(case: Case, elements: int) -> Footprint:
-    return footprint(case.parallel, OPTIMIZER, parameters=elements, world_size=case.world_size)
+def formula(case: Case, sizes: list[int]) -> Footprint:
+    return footprint(case.parallel, OPTIMIZER, parameter_sizes=sizes, world_size=case.world_size)
 
 
 def paper_bytes(zero_stage: int, elements: int, shards: int) -> float:
@@ -188,7 +203,7 @@ def moved_elements(traffic: dict[str, float], elements: int) -> float:
 
 
 def table(results: list[tuple[Case, dict[str, Any]]], command: str) -> str:
-    elements = results[0][1]["elements"]
+    elements = sum(results[0][1]["sizes"])
     dtypes = sorted({dtype for _, one in results for dtype in one["dtypes"]})
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "accelerate"))
     lines = [
@@ -230,12 +245,21 @@ Where this differs from the paper's 16 P bytes and 2 P (stages 0 to 2) or 3 P (s
 * native keeps shards of the weights alone between steps at stages 1 and 2, too; during the forward and the backward pass
   whole weights (4 P bytes) are there in addition, and at stage 1 with accumulation whole gradients (4 P). At stage 3 it is
   a block's.
+* deepspeed's stages 1 and 2 all-reduce the gradient and gather the updated weights, 3 P elements; they keep a copy of the
+  part of the weights that a rank updates, since DeepSpeed takes the others for the low-precision ones. Stage 3 gathers weights
+  once as long as all of them may stay until the backward pass (a billion), and keeps a bucket of 50 million elements.
 * With replicas, memory is divided by the ranks of one copy, and a rank's part of the gradient is all-reduced between copies.
 """
 
 
 def _pair(size: float, stated: float) -> str:
     return f"{size / 2**20:,.1f} / {stated / 2**20:,.1f}" if stated or size > 1e5 else ""
+
+
+def _record(case: Case, measured: dict[str, Any]) -> dict[str, Any]:
+    sizes = measured["sizes"]
+    measured = {key: value for key, value in measured.items() if key != "sizes"}
+    return {**asdict(case), **measured, "elements": sum(sizes), "stated": asdict(formula(case, sizes))}
 
 
 def main() -> None:
@@ -246,7 +270,7 @@ def main() -> None:
     text = table(results, "python benchmarks/footprint.py")
     output.mkdir(exist_ok=True)
     (output / "footprint.json").write_text(
-        json.dumps([{**asdict(case), **measured} for case, measured in results], indent=1) + "\n"
+        json.dumps([_record(case, measured) for case, measured in results], indent=1) + "\n"
     )
     (output / "footprint.md").write_text(text)
     print(text)
