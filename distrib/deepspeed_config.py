@@ -129,7 +129,7 @@ def check_deepspeed_file(
             hint = (
                 f"; nearest: {', '.join(near)}" if near else "; what tunes zero_optimization can be given, see README"
             )
-            raise ValueError(f"{said} is not a key that a run takes from a DeepSpeed file; remove it there{hint}")
+            raise ValueError(f"{said} is not a key that a run takes from a DeepSpeed file; remove it there; {hint}")
 
 
 def _agreements(

@@ -78,7 +78,7 @@ def assert_curve_of_reference(
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)
-@pytest.mark.parametrize(("kind", "micro_samples"), [("adamw", 2), ("sgd", 7)])
+@pytest.mark.parametrize(("kind", "micro_samples"), [("adamw", 2), pytest.param("sgd", 7, marks=pytest.mark.long)])
 def test_every_stage_gives_the_reference_curve(
     ranks: Ranks, references: dict[str, Curve], small_parts: Path, zero_stage: int, kind: str, micro_samples: int
 ) -> None:
@@ -157,7 +157,7 @@ def test_bf16_is_the_arithmetic_of_the_native_engine(ranks: Ranks, small_parts: 
 
 
 @TWO_RANKS
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize("zero_stage", [0, 2])
 def test_the_loss_scale_of_fp16_does_not_reach_the_gradient_norm(
     ranks: Ranks, references: dict[str, Curve], zero_stage: int
 ) -> None:
@@ -233,7 +233,7 @@ def _after_dry_runs(world: World, zero_stage: int, dry_runs: int) -> tuple[bool,
 
 
 @TWO_RANKS
-@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+@pytest.mark.parametrize("zero_stage", [1, 3])
 def test_a_dry_run_keeps_nothing(ranks: Ranks, zero_stage: int) -> None:
     kept_nothing, updates, points = ranks.run(_after_dry_runs, zero_stage, 2)[0]
     assert kept_nothing
@@ -394,7 +394,7 @@ def _uneven_run(
 
 @TWO_RANKS
 @pytest.mark.parametrize(
-    ("zero_stage", "kind"), [*((stage, Uneven) for stage in STAGES), *((stage, RoutedUneven) for stage in (0, 1, 2))]
+    ("zero_stage", "kind"), [(0, RoutedUneven), (1, RoutedUneven), (2, RoutedUneven), (2, Uneven), (3, Uneven)]
 )
 def test_unused_frozen_and_tied_parameters(ranks: Ranks, zero_stage: int, kind: type[nn.Module]) -> None:
     """Those of a rank's own choice too; at stage 3 the ranks must gather the same weights in the same order."""
