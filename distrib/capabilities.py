@@ -48,7 +48,7 @@ ENGINES: dict[str, Capabilities] = {
         compile=True,
         hybrid=False,
         deepspeed_config=True,
-        launchers=("lockstep train",),
+        launchers=("lockstep train", "deepspeed"),
     ),
     "accelerate": Capabilities(
         zero_stages=frozenset({0}),

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.runs import checkpoints, command, digests, final_bytes, lockstep, losses
+from tests.end_to_end.runs import checkpoints, digests, final_bytes, lockstep, losses
 
 DEEPSPEED = "parallel.engine=deepspeed"
 
@@ -68,20 +66,6 @@ def test_one_worker_and_debug_need_no_launcher(recipe: Path, straight_run: Calla
     assert digests(tmp_path / "one") == digests(straight_run(2))
     lockstep(*arguments, "run.directory=debug", "--debug", cwd=tmp_path).succeeded()
     assert digests(tmp_path / "debug") == digests(straight_run(2))[:5]
-
-
-@pytest.mark.long
-def test_the_deepspeed_launcher_starts_workers(recipe: Path, straight_run: Callable[..., Path], tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", 2, "--master_port", port]
-    command(
-        *launcher, "--module", "launch.train", recipe, DEEPSPEED, "parallel.zero_stage=2", "run.directory=run",
-        cwd=tmp_path,
-    ).succeeded()  # fmt: skip
-    assert digests(tmp_path / "run") == digests(straight_run(2))
-    assert losses(tmp_path / "run") == pytest.approx(losses(straight_run(2)), rel=2e-6)
 
 
 def test_a_file_that_contradicts_the_recipe_is_refused_before_a_worker_starts(recipe: Path, tmp_path: Path) -> None:

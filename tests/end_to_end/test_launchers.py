@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,13 @@ ACCELERATE_LAUNCH: list[object] = [
     sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 2, "--num_machines", 1,
     "--main_process_port", 0, "--mixed_precision", "no", "--dynamo_backend", "no",
 ]  # fmt: skip
+# Stands for a port that is free when the launcher starts.
+FREE_PORT = object()
+DEEPSPEED_LAUNCH: list[object] = [
+    sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", 2, "--master_port", FREE_PORT, "--module",
+    "launch.train",
+]  # fmt: skip
+DEEPSPEED = ["parallel.engine=deepspeed", "parallel.zero_stage=2"]
 LAUNCHERS: dict[str, tuple[list[object], list[object], int]] = {
     "one worker": ([LOCKSTEP, "train"], ["--workers", 1], STEPS),
     "three workers": ([LOCKSTEP, "train"], ["--workers", 3], STEPS),
@@ -29,6 +37,8 @@ LAUNCHERS: dict[str, tuple[list[object], list[object], int]] = {
         STEPS,
     ),
     "debug": ([LOCKSTEP, "train"], ["--debug"], 5),
+    "deepspeed engine": ([LOCKSTEP, "train"], [*DEEPSPEED, "--workers", 3], STEPS),
+    "deepspeed launcher": (DEEPSPEED_LAUNCH, [*DEEPSPEED], STEPS),
     "accelerate engine": ([LOCKSTEP, "train"], ["parallel.engine=accelerate", "--workers", 3], STEPS),
     "accelerate launch": (
         [*ACCELERATE_LAUNCH, "--multi_gpu", "-m", "launch.train"],
@@ -37,7 +47,7 @@ LAUNCHERS: dict[str, tuple[list[object], list[object], int]] = {
     ),
     "accelerate launch of the native engine": ([*ACCELERATE_LAUNCH, "--multi_gpu", "-m", "launch.train"], [], STEPS),
 }
-LONG = ["accelerate engine", "accelerate launch of the native engine"]
+LONG = ["deepspeed engine", "deepspeed launcher", "accelerate engine", "accelerate launch of the native engine"]
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +66,18 @@ def reference(recipe_without_chance: Path) -> Path:
 
 def launch(launcher: str, recipe: Path) -> Path:
     before, after, _ = LAUNCHERS[launcher]
+    before = [free_port() if word is FREE_PORT else word for word in before]
     run = recipe.parent / launcher.replace(" ", "-")
     command(
         *before, recipe, f"run.directory={run}", *after, cwd=recipe.parent, env=unconfigured(run.parent)
     ).succeeded()
     return run
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def unconfigured(directory: Path) -> dict[str, str]:
@@ -87,6 +104,7 @@ def test_every_launcher_gives_the_same_run(launcher: str, recipe_without_chance:
 def test_the_launchers_that_an_engine_claims_are_tried_here() -> None:
     words = {
         "torch.distributed.run": "torchrun",
+        "deepspeed.launcher.runner": "deepspeed",
         "accelerate.commands.launch": "accelerate launch",
         LOCKSTEP: "lockstep train",
     }
