@@ -43,6 +43,9 @@ class EngineBase:
         self._scaler = LossScaler(setup.world.device) if setup.parallel.precision == "fp16" else None
         self._optimizer_kind = setup.optimizer.kind
         self.steps_done = 0
+        if setup.world.device.type == "cuda":
+            # PyTorch would convolve in TF32, which rounds to 10 bits, without being asked.
+            torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
     @property
     def module(self) -> nn.Module:

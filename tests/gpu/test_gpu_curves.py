@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distrib.world import World
+from distrib.world import World, leave_world
 from tests.distrib.lockstep_runs import DATASETS, OPTIMIZERS, Curve, Layout, lockstep_curve
 from tests.distrib.test_lockstep_matrix import check, deviation, plain
 
@@ -31,6 +31,22 @@ def test_plain(gpu: World, kind: str, optimizer: str, precision: str, accumulati
 def test_fully_shard(gpu_group: World, kind: str, precision: str, zero_stage: int) -> None:
     curve = lockstep_curve(gpu_group, Layout("native", zero_stage, 1), kind, "adamw", 2, precision)
     check(curve, kind, "adamw", precision)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", DATASETS)
+def test_deepspeed(gpu: World, kind: str, precision: str, zero_stage: int) -> None:
+    pytest.importorskip("deepspeed", reason="NOT RUN: deepspeed is not installed")
+    try:
+        check(
+            lockstep_curve(gpu, Layout("deepspeed", zero_stage, 1), kind, "adamw", 2, precision),
+            kind,
+            "adamw",
+            precision,
+        )
+    finally:
+        leave_world(gpu)  # ends the group of one that DeepSpeed needs
 
 
 @pytest.mark.parametrize("activation_checkpointing", ["selective", "full"])

@@ -17,6 +17,12 @@ def pytest_collection_modifyitems() -> None:
         )
 
 
+def pytest_report_header() -> str:
+    """The layouts that need more GPUs than there are."""
+    missing = [size for size in (2, 3, 4) if size > torch.cuda.device_count()]
+    return f"NOT RUN, for want of GPUs: worlds of {', '.join(map(str, missing))}" if missing else "all worlds run"
+
+
 @pytest.fixture(scope="session")
 def nccl_pool() -> Iterator[WorkerPool]:
     pool = WorkerPool(device_kind="cuda")

@@ -9,7 +9,7 @@ from tests.distrib.lockstep_runs import DATASETS, OPTIMIZERS, Layout, lockstep_c
 from tests.distrib.test_lockstep_matrix import LAYOUTS, check
 from tests.worker_pool import WorkerPool
 
-# Layouts that need more GPUs than there are stay out of the collection, and are counted as not run by nobody.
+# What needs more GPUs than there are is told as not run by the header.
 FITTING = [layout for layout in LAYOUTS if 1 < layout.world_size <= torch.cuda.device_count()]
 
 
