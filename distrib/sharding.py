@@ -12,6 +12,9 @@ model (hybrid sharding) a rank's part of the gradient travels once a step, whate
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -23,11 +26,25 @@ from distrib.world import World
 
 def shard(module: nn.Module, world: World, zero_stage: int) -> None:
     """Makes the module's parameters DTensors, in place. Stage 3 frees a block's weights after its forward pass and gathers
-    them again for the backward; the others keep them in between. A module without `blocks()` is one unit."""
+    them again for the backward; the others keep them in between. A module without `blocks()` is one unit, and a block that
+    shares a weight with the rest of the model is part of the whole: a weight can be gathered by one unit alone."""
     assert world.mesh is not None
     mesh = world.mesh if world.mesh.size(0) > 1 else world.mesh["shard"]
-    for unit in {id(part): part for part in (*blocks_of(module), module)}.values():
+    for unit in _units(module):
         fully_shard(unit, mesh=mesh, reshard_after_forward=zero_stage == 3)
+
+
+def _units(module: nn.Module) -> Iterator[nn.Module]:
+    uses = _uses(module)
+    for block in blocks_of(module):
+        if block is not module and all(uses[weight] == count for weight, count in _uses(block).items()):
+            yield block
+    yield module
+
+
+def _uses(module: nn.Module) -> Counter[nn.Parameter]:
+    """How often each parameter occurs in a module."""
+    return Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
 
 
 def communicate(module: nn.Module, zero_stage: int, *, last: bool) -> None:

@@ -50,6 +50,10 @@ OPTIMIZERS = {
 }
 
 
+# By default DeepSpeed keeps the parameters of a model as small as ours whole at stage 3, and one bucket holds them all.
+SMALL_PARTS = Path(__file__).with_name("deepspeed_small_parts.json")
+
+
 class Curve(NamedTuple):
     """A run: what each step reported, and the digest of all that was read."""
 
@@ -174,10 +178,11 @@ def laid_out(world: World, parallel: ParallelConfig) -> World:
 
 
 def lockstep_curves(world: World, layout: Layout, kind: str, optimizer: str) -> dict[tuple[str, int], Curve]:
-    """(precision, micro-batches per rank) -> curve. Every rank calls it."""
+    """(precision, micro-batches per rank) -> curve. Every rank calls it. SGD is there for what AdamW does not see, the scale of
+    the gradient, and that is seen in fp32."""
     return {
         (precision, accumulation): lockstep_curve(world, layout, kind, optimizer, accumulation, precision)
-        for precision in PRECISIONS
+        for precision in (PRECISIONS if optimizer == "adamw" else ("fp32",))
         for accumulation in ACCUMULATIONS
     }
 
@@ -192,6 +197,8 @@ def lockstep_curve(
 def lockstep_engine(
     world: World, layout: Layout, kind: str, optimizer: str, precision: str = "fp32", **options: Any
 ) -> Engine:
+    if layout.engine == "deepspeed":
+        options = {"deepspeed_config": SMALL_PARTS, **options}
     parallel = ParallelConfig(
         engine=layout.engine,
         zero_stage=layout.zero_stage,

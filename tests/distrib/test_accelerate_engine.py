@@ -57,19 +57,6 @@ def references() -> dict[str, Curve]:
     return {kind: reference_curve(optimizer) for kind, optimizer in OPTIMIZERS.items()}
 
 
-@pytest.mark.parametrize(
-    "micro_samples", [2, *(pytest.param(samples, marks=pytest.mark.long) for samples in (1, 3, 7))]
-)
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_every_world_and_micro_batch_gives_the_reference_curve(
-    gloo_pool: WorkerPool, references: dict[str, Curve], kind: str, world_size: int, micro_samples: int
-) -> None:
-    curves = gloo_pool.run(curve, world_size, OPTIMIZERS[kind], micro_samples, AccelerateEngine)
-    assert all(points == curves[0] for points in curves), "ranks must report the same numbers"
-    assert_same_curve(curves[0], references[kind])
-
-
 def test_a_wrong_gradient_is_noticed(gloo_pool: WorkerPool, references: dict[str, Curve]) -> None:
     points = gloo_pool.run(curve, 2, SGD_UNCLIPPED, 2, HalvedGradient)[0]
     with pytest.raises(AssertionError, match="of step"):

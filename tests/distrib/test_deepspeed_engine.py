@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +27,13 @@ from tests.distrib.engine_runs import (
     share_of,
     take_step,
 )
+from tests.distrib.lockstep_runs import SMALL_PARTS
 from tests.distrib.test_native_engine import assert_same_curve
 from tests.distrib.test_sharding import load_step, mesh_of, save_step, whole_tensors
 
 OPTIMIZERS = {"adamw": ADAMW_CLIPPED, "sgd": SGD_UNCLIPPED}
 STAGES = [0, 1, 2, 3]
 TWO_RANKS = pytest.mark.parametrize("ranks", [2], indirect=True)
-# By default DeepSpeed keeps the parameters of a model as small as ours whole at stage 3, and one bucket holds them all.
-SMALL_PARTS = {
-    "zero_optimization": {
-        "stage3_param_persistence_threshold": 0,
-        "stage3_prefetch_bucket_size": 2000,
-        "reduce_bucket_size": 3000,
-        "sub_group_size": 5000,
-    }
-}
-
-
-@pytest.fixture(scope="module")
-def small_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("deepspeed") / "small_parts.json"
-    path.write_text(json.dumps(SMALL_PARTS))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -77,24 +61,6 @@ def assert_curve_of_reference(
     assert_same_curve(curves[0], references[kind])
 
 
-@pytest.mark.parametrize("zero_stage", STAGES)
-@pytest.mark.parametrize(("kind", "micro_samples"), [("adamw", 2), pytest.param("sgd", 7, marks=pytest.mark.long)])
-def test_every_stage_gives_the_reference_curve(
-    ranks: Ranks, references: dict[str, Curve], small_parts: Path, zero_stage: int, kind: str, micro_samples: int
-) -> None:
-    assert_curve_of_reference(ranks, references, zero_stage, kind, micro_samples, deepspeed_config=small_parts)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("zero_stage", STAGES)
-@pytest.mark.parametrize("micro_samples", [1, 3, 7])
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_every_stage_gives_the_reference_curve_as_deepspeed_would_divide(
-    ranks: Ranks, references: dict[str, Curve], zero_stage: int, kind: str, micro_samples: int
-) -> None:
-    assert_curve_of_reference(ranks, references, zero_stage, kind, micro_samples)
-
-
 @pytest.mark.parametrize(("zero_stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "parameters")])
 def test_offload_changes_no_value(ranks: Ranks, references: dict[str, Curve], zero_stage: int, offload: str) -> None:
     assert_curve_of_reference(ranks, references, zero_stage, "adamw", 2, offload=offload)
@@ -106,10 +72,10 @@ def test_offload_changes_no_value(ranks: Ranks, references: dict[str, Curve], ze
     ("zero_stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")]
 )
 def test_offload_changes_no_value_of_sgd(
-    ranks: Ranks, references: dict[str, Curve], small_parts: Path, zero_stage: int, offload: str, micro_samples: int
+    ranks: Ranks, references: dict[str, Curve], zero_stage: int, offload: str, micro_samples: int
 ) -> None:
     assert_curve_of_reference(
-        ranks, references, zero_stage, "sgd", micro_samples, offload=offload, deepspeed_config=small_parts
+        ranks, references, zero_stage, "sgd", micro_samples, offload=offload, deepspeed_config=SMALL_PARTS
     )
 
 
@@ -117,10 +83,10 @@ def test_offload_changes_no_value_of_sgd(
 @pytest.mark.parametrize("zero_stage", STAGES)
 @pytest.mark.parametrize("how", ["selective", "full"])
 def test_recomputed_activations_change_no_value(
-    ranks: Ranks, references: dict[str, Curve], small_parts: Path, zero_stage: int, how: str
+    ranks: Ranks, references: dict[str, Curve], zero_stage: int, how: str
 ) -> None:
     assert_curve_of_reference(
-        ranks, references, zero_stage, "adamw", 2, activation_checkpointing=how, deepspeed_config=small_parts
+        ranks, references, zero_stage, "adamw", 2, activation_checkpointing=how, deepspeed_config=SMALL_PARTS
     )
 
 
@@ -145,11 +111,11 @@ def test_a_wrong_gradient_is_noticed(ranks: Ranks, references: dict[str, Curve],
 
 
 @TWO_RANKS
-def test_bf16_is_the_arithmetic_of_the_native_engine(ranks: Ranks, small_parts: Path) -> None:
+def test_bf16_is_the_arithmetic_of_the_native_engine(ranks: Ranks) -> None:
     """Every product is rounded to bf16 alike; what differs is the order in which fp32 gradients are summed."""
     native = ranks.run(_curve, 0, "adamw", 7, {"engine": "native", "precision": "bf16"})[0]
     for stage in STAGES:
-        options = {"precision": "bf16", "deepspeed_config": small_parts}
+        options = {"precision": "bf16", "deepspeed_config": SMALL_PARTS}
         points = ranks.run(_curve, stage, "adamw", 7, options)[0]
         assert points[0][0] == native[0][0]
         # Where a weight's last fp32 bit differs, its bf16 rounding may: 2**-9 of a few weights' share of the loss.
@@ -277,11 +243,11 @@ def _continue(world: World, zero_stage: int, engine: str, root: str) -> Curve:
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)
-def test_checkpoints_pass_between_engines(ranks: Ranks, tmp_path: Path, small_parts: Path, zero_stage: int) -> None:
+def test_checkpoints_pass_between_engines(ranks: Ranks, tmp_path: Path, zero_stage: int) -> None:
     alone = single_process_world("cpu")
     reference, again, trained = (str(tmp_path / name) for name in ("reference", "again", "trained"))
     _save_after(alone, 0, "native", reference, 3)
-    assert all(ranks.run(_load_and_save, zero_stage, {"deepspeed_config": small_parts}, reference, again))
+    assert all(ranks.run(_load_and_save, zero_stage, {"deepspeed_config": SMALL_PARTS}, reference, again))
     expected, found = whole_tensors(Path(reference)), whole_tensors(Path(again))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -433,7 +399,7 @@ def test_initial_values_are_those_of_the_native_engine(ranks: Ranks, kind: type[
             assert _same(found, expected)
 
 
-def _largest_whole(world: World, small_parts: Path) -> tuple[int, int, int]:
+def _largest_whole(world: World) -> tuple[int, int, int]:
     """The most elements of weights that a start at stage 3 holds at once on this rank; those of a shard and of the model."""
     most = 0
     whole = torch.empty_like
@@ -446,7 +412,7 @@ def _largest_whole(world: World, small_parts: Path) -> tuple[int, int, int]:
 
     torch.empty_like = watch
     try:
-        engine = make(world, 3, deepspeed_config=small_parts)
+        engine = make(world, 3, deepspeed_config=SMALL_PARTS)
     finally:
         torch.empty_like = whole
     held = sum(parameter.ds_tensor.numel() for parameter in engine.module.parameters())
@@ -455,8 +421,8 @@ def _largest_whole(world: World, small_parts: Path) -> tuple[int, int, int]:
 
 
 @TWO_RANKS
-def test_at_stage_3_no_rank_holds_the_model(ranks: Ranks, small_parts: Path) -> None:
-    for most, held, elements in ranks.run(_largest_whole, small_parts):
+def test_at_stage_3_no_rank_holds_the_model(ranks: Ranks) -> None:
+    for most, held, elements in ranks.run(_largest_whole):
         assert most < 0.2 * elements
         assert 0.5 * elements <= held < 0.6 * elements
 

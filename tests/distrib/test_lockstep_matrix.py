@@ -33,7 +33,13 @@ BF16_LOSS_TOLERANCE, BF16_NORM_TOLERANCE = 2**-7, 2**-5
 
 STAGES = [*(("native", stage) for stage in range(4)), *(("deepspeed", stage) for stage in range(4)), ("accelerate", 0)]
 LAYOUTS = [
-    *(Layout(engine, stage, size) for engine, stage in STAGES for size in (1, 2, 3, 4)),
+    *(
+        Layout(engine, stage, size)
+        for engine, stage in STAGES
+        for size in (1, 2, 3, 4)
+        # In one process native shards nothing: its stages 1 to 3 are stage 0.
+        if size > 1 or engine != "native" or stage == 0
+    ),
     *(Layout("native", stage, 4, replicas=2) for stage in (1, 2, 3)),
 ]
 SMALLEST = [*{layout.name: layout for layout in reversed(LAYOUTS) if layout.world_size > 1}.values()]
@@ -134,6 +140,6 @@ def test_every_engine_and_stage_gives_the_reference_curve(
 def test_the_whole_matrix(gloo_pool: WorkerPool, table: Table, layout: Layout, kind: str, optimizer: str) -> None:
     answers = gloo_pool.run(lockstep_curves, layout.world_size, layout, kind, optimizer)
     assert all(curves == answers[0] for curves in answers), "ranks must report the same numbers"
-    assert len(answers[0]) == len(PRECISIONS) * len(ACCUMULATIONS)
+    assert len(answers[0]) == len(ACCUMULATIONS) * (len(PRECISIONS) if optimizer == "adamw" else 1)
     for (precision, _), curve in answers[0].items():
         table.add(layout, precision, check(curve, kind, optimizer, precision))

@@ -7,19 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from distrib.capabilities import count_shards
 from distrib.checkpoint import load_tensors, open_checkpoint, save_checkpoint
 from distrib.config import CheckpointConfig, OptimizerConfig, ParallelConfig
-from distrib.engine import CanonicalState
+from distrib.engine import CanonicalState, EngineSetup
 from distrib.native import NativeEngine
 from distrib.sharding import local
 from distrib.world import World, single_process_world, world_of_group
 from tests.distrib.engine_runs import (
     ADAMW_CLIPPED,
+    CONSTANT,
     MODEL,
     SGD_UNCLIPPED,
+    STEPS,
+    TASK,
+    VOCABULARY,
     Batch,
     Curve,
     HalvedGradient,
@@ -173,3 +178,45 @@ def test_replicas_must_divide_the_workers() -> None:
     assert count_shards(ParallelConfig(zero_stage=3, replicas=2), 6) == 3
     with pytest.raises(ValueError, match=r"parallel.replicas=2: does not divide the 3 workers"):
         count_shards(ParallelConfig(zero_stage=3, replicas=2), 3)
+
+
+class Tied(nn.Module):
+    """Its embedding is its output layer, in one block or across two."""
+
+    def __init__(self, across: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 32)
+        self.middle = nn.Linear(32, 32)
+        self.output = nn.Linear(32, VOCABULARY, bias=False)
+        self.output.weight = self.embedding.weight
+        self.across = across
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.output(self.middle(self.embedding(tokens)))
+
+    def blocks(self) -> list[nn.Module]:
+        return [self.middle, self.output] if self.across else [self.middle]
+
+    def initialise_parameter(self, name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+        parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+    def initialise_buffers(self) -> None:
+        pass
+
+
+def _tied(world: World, zero_stage: int, across: bool) -> tuple[list[str], Curve]:
+    world = mesh_of(world, zero_stage)
+    parallel = ParallelConfig(zero_stage=zero_stage)
+    setup = EngineSetup(lambda: Tied(across), TASK.loss, world, ADAMW_CLIPPED, CONSTANT, parallel, steps=STEPS, seed=1)
+    engine = NativeEngine(setup)
+    points = [take_step(engine, step, 7) for step in range(3)]
+    return [name for name, _ in engine.module.named_parameters()], points
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_tied_weights_stay_one_weight(gloo_pool: WorkerPool, across: bool) -> None:
+    names, expected = _tied(ALONE, 0, across)
+    assert names == ["embedding.weight", "middle.weight", "middle.bias"]
+    for found, points in gloo_pool.run(_tied, 2, 3, across):
+        assert found == names
+        assert_same_curve(points, expected)
