@@ -209,7 +209,7 @@ def _tied(world: World, zero_stage: int, across: bool) -> tuple[list[str], Curve
     parallel = ParallelConfig(zero_stage=zero_stage)
     setup = EngineSetup(lambda: Tied(across), TASK.loss, world, ADAMW_CLIPPED, CONSTANT, parallel, steps=STEPS, seed=1)
     engine = NativeEngine(setup)
-    points = [take_step(engine, step, 7) for step in range(3)]
+    points = [take_step(engine, step, 7) for step in range(STEPS)]
     return [name for name, _ in engine.module.named_parameters()], points
 
 
