@@ -14,7 +14,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-_TIMEOUT_SECONDS = 120.0
+# Only ever reached where something hangs.
+_TIMEOUT_SECONDS = 240.0
 
 
 class WorkerPool:

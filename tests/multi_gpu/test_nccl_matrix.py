@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.distrib.lockstep_runs import DATASETS, OPTIMIZERS, Layout, lockstep_curves
-from tests.distrib.test_lockstep_matrix import LAYOUTS, check
+from tests.distrib.lockstep_runs import DATASETS, Layout, lockstep_curves
+from tests.distrib.test_lockstep_matrix import LAYOUTS, SETTINGS, check
 from tests.worker_pool import WorkerPool
 
 # What needs more GPUs than there are is told as not run by the header.
 FITTING = [layout for layout in LAYOUTS if 1 < layout.world_size <= torch.cuda.device_count()]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("optimizer", "precision"), SETTINGS)
 @pytest.mark.parametrize("kind", DATASETS)
 @pytest.mark.parametrize("layout", FITTING, ids=lambda layout: f"{layout.name}, world {layout.world_size}")
-def test_the_whole_matrix(nccl_pool: WorkerPool, layout: Layout, kind: str, optimizer: str) -> None:
-    answers = nccl_pool.run(lockstep_curves, layout.world_size, layout, kind, optimizer)
+def test_the_whole_matrix(nccl_pool: WorkerPool, layout: Layout, kind: str, optimizer: str, precision: str) -> None:
+    answers = nccl_pool.run(lockstep_curves, layout.world_size, layout, kind, optimizer, precision)
     assert all(curves == answers[0] for curves in answers), "ranks must report the same numbers"
-    for (precision, _), curve in answers[0].items():
+    for curve in answers[0].values():
         check(curve, kind, optimizer, precision)
