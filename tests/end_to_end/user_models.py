@@ -51,15 +51,15 @@ class Hungry(Plain):
 
 
 class Slow(Plain):
-    """Takes a minute for every training step."""
+    """Takes a minute for every training step, after the dry run's two forward passes."""
+
+    forwards = 0
 
     def forward(self, tokens):
-        if self.training and tokens.shape[0] > 1 and self.dry:
+        self.forwards += self.training and not tokens.is_meta
+        if self.training and self.forwards > 2:
             time.sleep(60)
-        self.dry = self.training and not tokens.is_meta
         return super().forward(tokens)
-
-    dry = False
 
 
 class Broken(Plain):

@@ -136,7 +136,6 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
     "unknown source": (GOOD, ["data.source=nowhere:x"], ["data.source", "nowhere:x", "stdlib, digits"]),
     "tokenizer too small": (GOOD, ["data.tokenizer=bpe:100"], ["bpe:100", "257"]),
     "no such ZeRO stage": (GOOD, ["parallel.zero_stage=7"], ["parallel.zero_stage=7", "0, 1, 2 or 3"]),
-    "engine that is not there": (GOOD, ["parallel.engine=accelerate"], ["parallel.engine=accelerate", "native"]),
     "engine that nobody knows": (GOOD, ["parallel.engine=horovod"], ["parallel.engine=horovod", "native"]),
     "precision that is not there": (GOOD, ["parallel.precision=fp8"], ["parallel.precision=fp8", "'bf16' or 'fp16'"]),
     "offload": (
