@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step.py"
 
 
+@pytest.mark.long
 def test_a_quick_run_on_two_processes_writes_its_tables(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--only", "tiny", "--processes", "2", "--quick", "--output", str(tmp_path)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=240)

@@ -40,7 +40,6 @@ STEPS = 20
 SEED = 3
 GLOBAL_SAMPLES = 31
 DATASET_SAMPLES = 1024
-ACCUMULATIONS = (1, 2, 4)
 CONSTANT = ScheduleConfig(kind="constant")
 OPTIMIZERS = {
     # Clips every step: the gradient's norm is above it throughout.
@@ -176,11 +175,13 @@ def laid_out(world: World, parallel: ParallelConfig) -> World:
     return world_of_group(world.local_rank, world.device, timedelta(seconds=60), shards)
 
 
-def lockstep_curves(world: World, layout: Layout, kind: str, optimizer: str, precision: str) -> dict[int, Curve]:
+def lockstep_curves(
+    world: World, layout: Layout, kind: str, optimizer: str, precision: str, accumulations: tuple[int, ...]
+) -> dict[int, Curve]:
     """Micro-batches per rank -> curve. Every rank calls it."""
     return {
         accumulation: lockstep_curve(world, layout, kind, optimizer, accumulation, precision)
-        for accumulation in ACCUMULATIONS
+        for accumulation in accumulations
     }
 
 

@@ -30,7 +30,7 @@ def _curve(world: World, zero_stage: int, activation_checkpointing: str, precisi
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.long), "bf16"])
 @pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (2, 0), (2, 3)])
 def test_recomputing_changes_no_bit(gloo_pool: WorkerPool, world_size: int, zero_stage: int, precision: str) -> None:
     kept, *recomputed = (

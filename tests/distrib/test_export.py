@@ -34,7 +34,15 @@ def saved(root: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
     return open_checkpoint(path, ALONE)
 
 
-@pytest.mark.parametrize(("world_size", "zero_stage", "replicas"), [(1, 0, 1), (2, 0, 1), (3, 3, 1), (4, 2, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "zero_stage", "replicas"),
+    [
+        (1, 0, 1),
+        pytest.param(2, 0, 1, marks=pytest.mark.long),
+        (3, 3, 1),
+        pytest.param(4, 2, 2, marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("file_bytes", [10**9, 20_000])
 def test_a_plain_model_loads_what_any_layout_saved(
     gloo_pool: WorkerPool, tmp_path: Path, world_size: int, zero_stage: int, replicas: int, file_bytes: int

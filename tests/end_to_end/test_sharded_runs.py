@@ -11,7 +11,7 @@ import pytest
 from tests.end_to_end.runs import checkpoints, digests, final_bytes, lockstep, losses
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.long)])
 def sharded(request: pytest.FixtureRequest, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny recipe on two workers at ZeRO stage 2 or 3, never interrupted, with a sample of text at its end."""
     folder = tmp_path_factory.mktemp("sharded")

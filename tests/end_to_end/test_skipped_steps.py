@@ -18,7 +18,7 @@ from tests.end_to_end.runs import LOCKSTEP, command, environment, write_recipe
 from tests.end_to_end.user_models import write_user_package
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_skipping_for_ever_ends_the_run_with_the_step_and_its_samples(
     recipe_values: Callable[..., dict[str, Any]], dataset: Path, tmp_path: Path, workers: int
 ) -> None:

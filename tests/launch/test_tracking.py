@@ -265,7 +265,7 @@ class Broken(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("mode", ["online", "auto"])
+@pytest.mark.parametrize("mode", ["auto", pytest.param("online", marks=pytest.mark.long)])
 def test_a_hanging_wandb_stops_neither_the_steps_nor_the_exit(run: Path, mode: str) -> None:
     with silent_server() as (url, connections):
         config = {"wandb": mode, "tensorboard": False}

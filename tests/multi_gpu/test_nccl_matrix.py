@@ -13,11 +13,13 @@ from tests.worker_pool import WorkerPool
 FITTING = [layout for layout in LAYOUTS if 1 < layout.world_size <= torch.cuda.device_count()]
 
 
-@pytest.mark.parametrize(("optimizer", "precision"), SETTINGS)
+@pytest.mark.parametrize(("optimizer", "precision", "accumulations"), SETTINGS)
 @pytest.mark.parametrize("kind", DATASETS)
 @pytest.mark.parametrize("layout", FITTING, ids=lambda layout: f"{layout.name}, world {layout.world_size}")
-def test_the_whole_matrix(nccl_pool: WorkerPool, layout: Layout, kind: str, optimizer: str, precision: str) -> None:
-    answers = nccl_pool.run(lockstep_curves, layout.world_size, layout, kind, optimizer, precision)
+def test_the_whole_matrix(
+    nccl_pool: WorkerPool, layout: Layout, kind: str, optimizer: str, precision: str, accumulations: tuple[int, ...]
+) -> None:
+    answers = nccl_pool.run(lockstep_curves, layout.world_size, layout, kind, optimizer, precision, accumulations)
     assert all(curves == answers[0] for curves in answers), "ranks must report the same numbers"
     for curve in answers[0].values():
         check(curve, kind, optimizer, precision)
