@@ -17,7 +17,12 @@ FITTING = [layout for layout in LAYOUTS if 1 < layout.world_size <= torch.cuda.d
 @pytest.mark.parametrize("kind", DATASETS)
 @pytest.mark.parametrize("layout", FITTING, ids=lambda layout: f"{layout.name}, world {layout.world_size}")
 def test_the_whole_matrix(
-    nccl_pool: WorkerPool, layout: Layout, kind: str, optimizer: str, precision: str, accumulations: tuple[int, ...]
+    nccl_pool: WorkerPool,
+    layout: Layout,
+    kind: str,
+    optimizer: str,
+    precision: str,
+    accumulations: tuple[int, ...],
 ) -> None:
     answers = nccl_pool.run(lockstep_curves, layout.world_size, layout, kind, optimizer, precision, accumulations)
     assert all(curves == answers[0] for curves in answers), "ranks must report the same numbers"
