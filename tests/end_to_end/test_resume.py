@@ -102,7 +102,7 @@ def assert_same_run(run: Path, straight: Path) -> None:
 @pytest.mark.parametrize(
     ("world_size", "interruptions"),
     [
-        (1, ["everything killed", "SIGINT", "worker killed"]),
+        pytest.param(1, ["everything killed", "SIGINT", "worker killed"], marks=pytest.mark.long),
         (2, ["worker killed", "SIGTERM", "supervisor killed", "everything killed"]),
     ],
 )

@@ -34,6 +34,7 @@ def test_a_sharded_run_that_starts_again_ends_in_the_same_bytes(sharded: Path, t
     assert final_bytes(tmp_path / "again") == final_bytes(sharded)
 
 
+@pytest.mark.long
 def test_any_layout_continues_a_sharded_run(sharded: Path, straight_run: Callable[..., Path], tmp_path: Path) -> None:
     earlier = sharded / "checkpoints" / checkpoints(sharded)[0]
     arguments = ["train", sharded / "recipe.yaml", "--resume", earlier, "evaluation.generated_tokens=0"]
