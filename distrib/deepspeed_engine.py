@@ -12,7 +12,7 @@ from torch import nn
 
 from distrib.blocks import prepare_blocks
 from distrib.deepspeed_config import make_deepspeed_config
-from distrib.deepspeed_library import load_deepspeed
+from distrib.deepspeed_library import let_go_of, load_deepspeed
 from distrib.deepspeed_state import ShardedState
 from distrib.engine import CanonicalState, EngineSetup, MicroBatch, StepResult
 from distrib.engine_base import EngineBase
@@ -20,6 +20,7 @@ from distrib.gradients import clip_gradients, leave_out
 from distrib.initialisation import make_initialised_model
 from distrib.model_state import model_tensors
 from distrib.optimizer import make_optimizer, set_learning_rate, state_tensors
+from distrib.world import before_leaving
 
 
 class DeepSpeedEngine(EngineBase):
@@ -56,6 +57,7 @@ class DeepSpeedEngine(EngineBase):
         )
         self._run_in_precision()
         self._engine, *_ = deepspeed.initialize(model=self._module, optimizer=self._optimizer, config=config)
+        before_leaving(functools.partial(let_go_of, self._engine))
         self._forward_module = _OutsideAutocast(self._engine, setup.world.device.type)
         self._sharded: ShardedState | None = None
         if self._zero_stage:

@@ -42,6 +42,20 @@ def load_deepspeed(world: World) -> Any:
     return deepspeed
 
 
+def let_go_of(engine: Any) -> None:
+    """Ends an engine of DeepSpeed's. Hooks that garbage collection cannot see and caches of the library would keep it for the
+    life of the process: its memory, and the process groups, whose threads poll as long as they live."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    engine.destroy()
+    FWD_MODULE_STACK.clear()
+    for function in vars(PartitionedParameterCoordinator).values():
+        for cell in getattr(function, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
+
+
 def _quiet() -> None:
     logger = logging.getLogger("DeepSpeed")
     for handler in logger.handlers:

@@ -164,11 +164,11 @@ class ConvNetConfig(_Section):
 
 
 class ResNetConfig(_Section):
-    """Residual networks (He et al. 2016): 20, 32, 44 and 56 layers are the paper's CIFAR family, 18 to 101 its ImageNet
-    family (with the stride in a bottleneck's 3 x 3 convolution, as usual since)."""
+    """Residual networks (He et al. 2016): 20, 32, 44 and 56 layers are the paper's CIFAR family of 6 n + 2, 8 its smallest;
+    18, 34, 50 and 101 are the ImageNet family (with the stride in a bottleneck's 3 x 3 convolution, as usual since)."""
 
     kind: Literal["resnet"] = "resnet"
-    layers: Literal[18, 20, 32, 34, 44, 50, 56, 101]
+    layers: Literal[8, 18, 20, 32, 34, 44, 50, 56, 101]
     stem: Literal["cifar", "imagenet"] | None = None
     """cifar: one 3 x 3 convolution; imagenet: 7 x 7 with stride 2, then pooling. None: that of the family."""
     norm: Literal["batch", "group"] = "batch"
@@ -182,7 +182,7 @@ class ResNetConfig(_Section):
 
     @property
     def cifar_family(self) -> bool:
-        return self.layers in (20, 32, 44, 56)
+        return self.layers in (8, 20, 32, 44, 56)
 
     @property
     def resolved_stem(self) -> Literal["cifar", "imagenet"]:

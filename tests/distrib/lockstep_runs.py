@@ -106,8 +106,8 @@ class GptSamples:
 
 
 class DigitSamples:
-    """Noisy 8 x 8 images whose class is the row that is bright; half of the labels are wrong, so that the loss stays large
-    enough to be compared in relative terms.
+    """Noisy 8 x 8 images whose class is the row that is bright; a quarter of the labels are wrong, so that the loss stays
+    large enough to be compared in relative terms.
 
     The network's activation is smooth. At ReLU's kink two runs that differ in a last bit now and then take different branches,
     and their curves part by far more than rounding: in any framework, between any two orders of summation.
@@ -119,16 +119,16 @@ class DigitSamples:
     sample_bytes = 64 + 8
     facts = DatasetFacts(kind="images", classes=8, channels=1, image_size_pixels=8)
     sequence_tokens = None
-    model = ResNetConfig(layers=20, norm="group", activation="silu")
+    model = ResNetConfig(layers=8, norm="group", activation="silu")
     task = build_task(TaskConfig(kind="classification"), classes=8)
     shape = InputShape(channels=1, image_size_pixels=8, classes=8)
 
     def __init__(self) -> None:
         generator = np.random.Generator(np.random.PCG64(5))
-        self._images = generator.integers(0, 96, (self.samples, 1, 8, 8), dtype=np.uint8)
+        self._images = generator.integers(0, 40, (self.samples, 1, 8, 8), dtype=np.uint8)
         self._labels = np.arange(self.samples, dtype=np.int64) % 8
-        self._images[np.arange(self.samples), 0, self._labels] += 128
-        wrong = generator.random(self.samples) < 0.5
+        self._images[np.arange(self.samples), 0, self._labels] += 200
+        wrong = generator.random(self.samples) < 0.25
         self._labels = np.where(wrong, generator.integers(0, 8, self.samples), self._labels)
 
     def gather(self, sample_ids: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -445,3 +446,22 @@ def _lone(world: World) -> tuple[bool, bool]:
 
 def test_a_world_of_one_has_a_group_until_it_is_left(gloo_pool: WorkerPool) -> None:
     assert gloo_pool.run(_lone, 1) == [(True, False)]
+
+
+def _steps(world: World, zero_stage: int) -> None:
+    take_step(make(world, zero_stage), 0, 7)
+
+
+def _gloo_threads(world: World) -> int:
+    gc.collect()
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum("gloo" in name for name in names)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_an_engine_and_its_process_groups_end_with_their_world(gloo_pool: WorkerPool, zero_stage: int) -> None:
+    threads = []
+    for _ in range(3):
+        gloo_pool.run(_steps, 2, zero_stage)
+        threads.append(gloo_pool.run(_gloo_threads, 2))
+    assert threads[1] == threads[2]
