@@ -7,18 +7,17 @@ scaled and accumulated, precision, clipping, the rate, and which samples a rank 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 
 import torch
 
 from distrib.accelerator import make_accelerator
 from distrib.blocks import prepare_blocks
-from distrib.engine import CanonicalState, EngineSetup, MicroBatch, StepResult
+from distrib.engine import CanonicalState, EngineSetup, MicroBatch
 from distrib.engine_base import EngineBase
-from distrib.gradients import clip_gradients, leave_out
+from distrib.gradients import leave_out
 from distrib.initialisation import make_initialised_model
 from distrib.model_state import model_tensors
-from distrib.optimizer import make_optimizer, set_learning_rate, state_tensors
+from distrib.optimizer import make_optimizer, state_tensors
 from distrib.replication import quiet_ddp
 
 
@@ -62,29 +61,6 @@ class AccelerateEngine(EngineBase):
                 self._forward_module = self._accelerator.prepare_model(self._module)
         self._module.zero_grad()
 
-    def step(self, micro_batches: Sequence[MicroBatch], items: int) -> StepResult:
-        # The sum of losses over the global batch, divided by its items (law 2): DDP averages over ranks, so multiply by
-        # their number first.
-        scale = self.world.data_size / items
-        losses = [
-            self._forward_backward(micro_batch, scale, last=number == len(micro_batches))
-            for number, micro_batch in enumerate(micro_batches, start=1)
-        ]
-        loss_sum = torch.stack(losses).sum(dtype=torch.float64)
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        norm, skipped = clip_gradients(
-            gradients, clip_norm=self._clip_norm, loss_scale=None if self._scaler is None else self._scaler.scale
-        )
-        lr = self._learning_rate()
-        set_learning_rate(self._optimizer, lr)
-        leave_out(self._optimizer, skipped)
-        self._prepared_optimizer.step()
-        self._prepared_optimizer.zero_grad()
-        if self._scaler is not None:
-            self._scaler.update(skipped)
-        self.steps_done += 1
-        return StepResult(loss_sum, norm, skipped, lr)
-
     def canonical_state(self) -> CanonicalState:
         self._share_buffers()
         tensors = model_tensors(self._module)
@@ -97,10 +73,14 @@ class AccelerateEngine(EngineBase):
         self._load_scalars(state.scalars)  # the tensors are the engine's own
 
     def _forward_backward(self, micro_batch: MicroBatch, scale: float, *, last: bool) -> torch.Tensor:
-        """Adds the micro-batch's gradient, times `scale` and the loss scale, and sums it over the ranks if it is the step's
-        `last`; returns the sum of its losses, detached."""
         with contextlib.nullcontext() if last else self._accelerator.no_sync(self._forward_module):
             total = self._forward(micro_batch)
-            scaled = total * (scale * micro_batch.weight)
-            self._accelerator.backward(scaled if self._scaler is None else scaled * self._scaler.scale)
+            self._accelerator.backward(self._scaled(total, scale, micro_batch))
         return total.detach() if micro_batch.weight else torch.zeros_like(total)
+
+    def _update(self) -> tuple[torch.Tensor, torch.Tensor]:
+        norm, skipped = self._clip(self._parameters)
+        leave_out(self._optimizer, skipped)
+        self._prepared_optimizer.step()
+        self._prepared_optimizer.zero_grad()
+        return norm, skipped

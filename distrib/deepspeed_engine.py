@@ -14,12 +14,12 @@ from distrib.blocks import prepare_blocks
 from distrib.deepspeed_config import make_deepspeed_config
 from distrib.deepspeed_library import let_go_of, load_deepspeed
 from distrib.deepspeed_state import ShardedState
-from distrib.engine import CanonicalState, EngineSetup, MicroBatch, StepResult
+from distrib.engine import CanonicalState, EngineSetup, MicroBatch
 from distrib.engine_base import EngineBase
-from distrib.gradients import clip_gradients, leave_out
+from distrib.gradients import leave_out
 from distrib.initialisation import make_initialised_model
 from distrib.model_state import model_tensors
-from distrib.optimizer import make_optimizer, set_learning_rate, state_tensors
+from distrib.optimizer import make_optimizer, state_tensors
 from distrib.world import before_leaving
 
 
@@ -81,18 +81,6 @@ class DeepSpeedEngine(EngineBase):
             # some parameter has none, ranks may disagree: then all are filled up, and sent in the order of the parameters.
             self._reduce_at_end = self._zero_stage in (1, 2) and len(used) < len(self._parameters)
 
-    def step(self, micro_batches: Sequence[MicroBatch], items: int) -> StepResult:
-        # The sum of losses over the global batch, divided by its items (law 2): DeepSpeed averages over ranks, so
-        # multiply by their number first.
-        loss_sum = self._accumulate(micro_batches, scale=self.world.data_size / items)
-        lr = self._learning_rate()
-        set_learning_rate(self._optimizer, lr)
-        norm, skipped = self._update()
-        if self._scaler is not None:
-            self._scaler.update(skipped)
-        self.steps_done += 1
-        return StepResult(loss_sum, norm, skipped, lr)
-
     def canonical_state(self) -> CanonicalState:
         """At stages 1 to 3 every rank holds copies of the whole state, in host memory."""
         self._share_buffers()
@@ -109,41 +97,33 @@ class DeepSpeedEngine(EngineBase):
             self._sharded.load(state.tensors)
         self._load_scalars(state.scalars)
 
-    def _accumulate(self, micro_batches: Sequence[MicroBatch], scale: float) -> torch.Tensor:
-        """Adds up the gradients of the micro-batches, times `scale` and the loss scale, over all ranks; returns the sum of
-        this rank's losses."""
+    def _accumulate(self, micro_batches: Sequence[MicroBatch], scale: float) -> list[torch.Tensor]:
         if self._sharded is not None:
             self._sharded.forget_gradients()
             if self._scaler is not None:
                 self._engine.optimizer.override_loss_scale(self._scaler.scale.item())
         with self._engine.coalesce_grad_reduction() if self._reduce_at_end else contextlib.nullcontext():
-            losses = [
-                self._forward_backward(micro_batch, scale, last=number == len(micro_batches))
-                for number, micro_batch in enumerate(micro_batches, start=1)
-            ]
+            losses = super()._accumulate(micro_batches, scale)
             if self._reduce_at_end:
                 for parameter in self._parameters:
                     if parameter.grad is None:
                         parameter.grad = torch.zeros_like(parameter)
-        return torch.stack(losses).sum(dtype=torch.float64)
+        return losses
 
     def _forward_backward(self, micro_batch: MicroBatch, scale: float, *, last: bool) -> torch.Tensor:
         self._engine.set_gradient_accumulation_boundary(last)
         total = self._forward(micro_batch)
-        loss = total * (scale * micro_batch.weight)
-        if self._scaler is not None and self._sharded is None:
-            loss = loss * self._scaler.scale
-        self._engine.backward(loss, scale_wrt_gas=False)
+        self._engine.backward(self._scaled(total, scale, micro_batch), scale_wrt_gas=False)
         return total.detach() if micro_batch.weight else torch.zeros_like(total)
 
-    def _update(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clips and updates; returns (global norm before clipping, 1.0 if the step was skipped)."""
+    def _scaled(self, total: torch.Tensor, scale: float, micro_batch: MicroBatch) -> torch.Tensor:
         if self._sharded is None:
-            norm, skipped = clip_gradients(
-                [parameter.grad for parameter in self._parameters if parameter.grad is not None],
-                clip_norm=self._clip_norm,
-                loss_scale=None if self._scaler is None else self._scaler.scale,
-            )
+            return super()._scaled(total, scale, micro_batch)
+        return total * (scale * micro_batch.weight)  # the loss scale is DeepSpeed's to apply
+
+    def _update(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._sharded is None:
+            norm, skipped = self._clip(self._parameters)
             leave_out(self._optimizer, skipped)
             self._engine.step()
             return norm, skipped

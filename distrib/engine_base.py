@@ -1,27 +1,29 @@
-"""What every engine does alike: the forward pass of a micro-batch, and evaluation."""
+"""What every engine does alike: the order of a step, the forward pass of a micro-batch, and evaluation."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from distrib.engine import EngineSetup, EvaluationFunction, MicroBatch
+from distrib.engine import EngineSetup, EvaluationFunction, MicroBatch, StepResult
+from distrib.gradients import clip_gradients
 from distrib.keys import key64
 from distrib.loss_scaling import LossScaler
-from distrib.optimizer import set_updates_done, updates_done
+from distrib.optimizer import set_learning_rate, set_updates_done, updates_done
 from distrib.schedule import learning_rate
 
 _AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class EngineBase:
-    """An engine without its step. Master weights are fp32 and products are computed in the recipe's precision by autocast, in
-    every engine: one arithmetic."""
+class EngineBase(ABC):
+    """An engine without its backward pass and update. Master weights are fp32 and products are computed in the recipe's
+    precision by autocast, in every engine: one arithmetic."""
 
     _module: nn.Module
     """The model itself."""
@@ -54,6 +56,52 @@ class EngineBase:
     @property
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self._module.parameters())
+
+    def step(self, micro_batches: Sequence[MicroBatch], items: int) -> StepResult:
+        # The sum of losses over the global batch, divided by its items (law 2). Whatever sums the gradients divides them by
+        # the number of ranks: multiply by it first.
+        losses = self._accumulate(micro_batches, scale=self.world.data_size / items)
+        lr = learning_rate(self._schedule, self._peak_lr, self.steps_done, self._steps)
+        set_learning_rate(self._optimizer, lr)
+        norm, skipped = self._update()
+        if self._scaler is not None:
+            self._scaler.update(skipped)
+        self.steps_done += 1
+        return StepResult(torch.stack(losses).sum(dtype=torch.float64), norm, skipped, lr)
+
+    def _accumulate(self, micro_batches: Sequence[MicroBatch], scale: float) -> list[torch.Tensor]:
+        """Adds up the gradients of the micro-batches, times `scale` and the loss scale, over all ranks; returns this rank's
+        sums of losses, detached."""
+        return [
+            self._forward_backward(micro_batch, scale, last=number == len(micro_batches))
+            for number, micro_batch in enumerate(micro_batches, start=1)
+        ]
+
+    @abstractmethod
+    def _forward_backward(self, micro_batch: MicroBatch, scale: float, *, last: bool) -> torch.Tensor:
+        """Adds the micro-batch's gradient, times `scale` and the loss scale, and sums it over the ranks if it is the step's
+        `last`; returns the sum of its losses, detached."""
+
+    @abstractmethod
+    def _update(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clips and updates, and forgets the gradients; returns (global norm before clipping, 1.0 if the step was skipped),
+        both on the device."""
+
+    def _clip(
+        self, parameters: Iterable[nn.Parameter], shard_group: Any | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Undoes loss scaling and clips to the global norm; returns (norm before clipping, 1.0 if it is not finite)."""
+        return clip_gradients(
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            clip_norm=self._clip_norm,
+            loss_scale=None if self._scaler is None else self._scaler.scale,
+            shard_group=shard_group,
+        )
+
+    def _scaled(self, total: torch.Tensor, scale: float, micro_batch: MicroBatch) -> torch.Tensor:
+        """What the backward pass starts from. A filler's is zero."""
+        scaled = total * (scale * micro_batch.weight)
+        return scaled if self._scaler is None else scaled * self._scaler.scale
 
     def evaluate(self, function: EvaluationFunction, micro_batches: Iterable[MicroBatch]) -> dict[str, torch.Tensor]:
         sums: dict[str, torch.Tensor] = {}
@@ -109,9 +157,6 @@ class EngineBase:
         with torch.no_grad():
             for buffer, before in zip(self._module.buffers(), buffers, strict=True):
                 buffer.copy_(before)
-
-    def _learning_rate(self) -> float:
-        return learning_rate(self._schedule, self._peak_lr, self.steps_done, self._steps)
 
     def _share_buffers(self) -> None:
         """The run's running statistics are rank 0's: training never reads them, what is evaluated and saved does."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,12 +10,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distrib.blocks import prepare_blocks
-from distrib.engine import CanonicalState, EngineSetup, MicroBatch, StepResult
+from distrib.engine import CanonicalState, EngineSetup, MicroBatch
 from distrib.engine_base import EngineBase
-from distrib.gradients import clip_gradients, leave_out
+from distrib.gradients import leave_out
 from distrib.initialisation import make_initialised_model, make_sharded_model
 from distrib.model_state import model_tensors
-from distrib.optimizer import make_optimizer, set_learning_rate, state_tensors
+from distrib.optimizer import make_optimizer, state_tensors
 from distrib.replication import DDP_OPTIONS, quiet_ddp
 from distrib.sharding import communicate, like, local, settle, shard
 from distrib.world import World
@@ -70,32 +69,15 @@ class NativeEngine(EngineBase):
                 self._find_unused(micro_batch)
             # DDP lays its buckets out anew after the first backward of an attempt, which changes the order of summation:
             # that must happen here, or a resumed run would not repeat the bytes.
-            with self._communication(last=True):
-                self._forward_backward(micro_batch, scale=0.0)
+            self._forward_backward(micro_batch, scale=0.0, last=True)
             self._module.zero_grad()
 
     def _find_unused(self, micro_batch: MicroBatch) -> None:
         """DDP waits for the gradient of every parameter, unless it is told to look each time for those without one."""
-        with self._communication(last=False):
-            self._forward_backward(micro_batch, scale=0.0)
+        self._forward_backward(micro_batch, scale=0.0, last=False)
         if any(parameter.grad is None for parameter in self._parameters):
             self._forward_module = _replicate(self._module, self.world, find_unused_parameters=True)
         self._module.zero_grad()
-
-    def step(self, micro_batches: Sequence[MicroBatch], items: int) -> StepResult:
-        # The sum of losses over the global batch, divided by its items (law 2): DDP and FSDP average over ranks, so
-        # multiply by their number first.
-        scale = self.world.data_size / items
-        losses = []
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            with self._communication(last=number == len(micro_batches)):
-                losses.append(self._forward_backward(micro_batch, scale))
-        loss_sum = torch.stack(losses).sum(dtype=torch.float64)
-        norm, skipped = self._clip()
-        lr = self._learning_rate()
-        self._update(lr, skipped)
-        self.steps_done += 1
-        return StepResult(loss_sum, norm, skipped, lr)
 
     def canonical_state(self) -> CanonicalState:
         self._share_buffers()
@@ -109,37 +91,28 @@ class NativeEngine(EngineBase):
     def load_state(self, state: CanonicalState) -> None:
         self._load_scalars(state.scalars)  # the tensors are the engine's own
 
-    def _forward_backward(self, micro_batch: MicroBatch, scale: float) -> torch.Tensor:
-        """Adds the micro-batch's gradient, times `scale` and the loss scale; returns the sum of its losses, detached."""
-        total = self._forward(micro_batch)
-        scaled = total * (scale * micro_batch.weight)
-        (scaled if self._scaler is None else scaled * self._scaler.scale).backward()
+    def _forward_backward(self, micro_batch: MicroBatch, scale: float, *, last: bool) -> torch.Tensor:
+        with self._communication(last=last):
+            total = self._forward(micro_batch)
+            self._scaled(total, scale, micro_batch).backward()
         return total.detach() if micro_batch.weight else torch.zeros_like(total)
 
-    def _clip(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Undoes loss scaling and clips to the global norm; returns (norm before clipping, 1.0 if it is not finite), both
-        on the device."""
+    def _update(self) -> tuple[torch.Tensor, torch.Tensor]:
+        shard_group = None
         if self._zero_stage:
+            assert self.world.mesh is not None
+            shard_group = self.world.mesh.get_group("shard")
             for parameter, part in zip(self._parameters, self._local, strict=True):
                 part.grad = None if parameter.grad is None else local(parameter.grad)
-        return clip_gradients(
-            [p.grad for p in self._local if p.grad is not None],
-            clip_norm=self._clip_norm,
-            loss_scale=None if self._scaler is None else self._scaler.scale,
-            shard_group=self.world.mesh.get_group("shard") if self.world.mesh and self._zero_stage else None,
-        )
-
-    def _update(self, lr: float, skipped: torch.Tensor) -> None:
-        set_learning_rate(self._optimizer, lr)
+        norm, skipped = self._clip(self._local, shard_group)
         leave_out(self._optimizer, skipped)
         self._optimizer.step()
-        if self._scaler is not None:
-            self._scaler.update(skipped)
         # As zero_grad does, without its sorting and its entry in a profile.
         for parameter in self._parameters:
             parameter.grad = None
         for part in self._local:
             part.grad = None
+        return norm, skipped
 
     def _communication(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """What travels after the backward pass of a micro-batch, the `last` of its step or an earlier one."""

@@ -163,28 +163,23 @@ class MeanOfMeans(NativeEngine):
         self._count = len(micro_batches)
         return super().step(micro_batches, items)
 
-    def _forward_backward(self, micro_batch, scale):  # type: ignore[no-untyped-def]
-        loss = self._loss(self._forward_module, micro_batch.tensors)
-        (loss.total / loss.items * micro_batch.weight / getattr(self, "_count", 1)).backward()
+    def _forward_backward(self, micro_batch, scale, *, last):  # type: ignore[no-untyped-def]
+        with self._communication(last=last):
+            loss = self._loss(self._forward_module, micro_batch.tensors)
+            (loss.total / loss.items * micro_batch.weight / getattr(self, "_count", 1)).backward()
         return loss.total.detach().double() * micro_batch.weight
 
 
 class PerRankClip(NativeEngine):
     """A wrong engine: each rank clips its own gradient before they are summed."""
 
-    def step(self, micro_batches, items):  # type: ignore[no-untyped-def]
-        with self._communication(last=False):
-            for micro_batch in micro_batches[:-1]:
-                self._forward_backward(micro_batch, self.world.data_size / items)
-            loss_sum = self._forward_backward(micro_batches[-1], self.world.data_size / items)
-        self._clip()
+    def _forward_backward(self, micro_batch, scale, *, last):  # type: ignore[no-untyped-def]
+        return super()._forward_backward(micro_batch, scale, last=False)
+
+    def _update(self):  # type: ignore[no-untyped-def]
+        self._clip(self._parameters)
         for parameter in self._parameters:
             assert parameter.grad is not None
             dist.all_reduce(parameter.grad)
             parameter.grad /= self.world.data_size
-        norm, skipped = self._clip()
-        self._update(self._peak_lr, skipped)
-        self.steps_done += 1
-        from distrib.engine import StepResult
-
-        return StepResult(loss_sum, norm, skipped, self._peak_lr)
+        return super()._update()

@@ -84,13 +84,13 @@ def _held(world: World, zero_stage: int) -> tuple[int, int, int, list[str]]:
     """Elements of weights, gradients and optimizer state on this rank in the middle of a step; names of whole weights."""
     engine = make_engine(mesh_of(world, zero_stage), ADAMW_CLIPPED, zero_stage=zero_stage)
     held: list[int] = []
-    clip = engine._clip
+    update = engine._update
 
-    def count_and_clip() -> tuple[torch.Tensor, torch.Tensor]:
+    def count_and_update() -> tuple[torch.Tensor, torch.Tensor]:
         held.append(sum(local(p.grad).numel() for p in engine.module.parameters() if p.grad is not None))
-        return clip()
+        return update()
 
-    engine._clip = count_and_clip  # type: ignore[method-assign]
+    engine._update = count_and_update  # type: ignore[method-assign]
     take_step(engine, 0, 2)
     tensors = engine.canonical_state().tensors
     weights = sum(local(tensor).numel() for name, tensor in tensors.items() if name.startswith("model."))
