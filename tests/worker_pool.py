@@ -6,6 +6,7 @@ rank order. The function must be importable by name; arguments and results trave
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -92,6 +93,11 @@ def _serve(connection: Connection) -> None:
             connection.send((False, _call_in_world(function, rank, world_size, device_kind, store, arguments)))
         except BaseException:
             connection.send((True, traceback.format_exc()))
+        # Engines are full of cycles, and Python looks for these the more seldom the more is imported. Until it finds them
+        # their process groups live on, with threads that poll: a hundred worlds of them leave no time to work. What has
+        # survived a call is libraries': frozen, it need not be searched again.
+        gc.collect()
+        gc.freeze()
 
 
 def _call_in_world(
