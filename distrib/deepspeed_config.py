@@ -90,7 +90,7 @@ def make_deepspeed_config(parallel: ParallelConfig, optimizer: OptimizerConfig) 
         "zero_optimization": zero,
     }
     if parallel.deepspeed_config is not None:
-        for key, value in _flatten(_read(parallel.deepspeed_config)).items():
+        for key, value in _read(parallel.deepspeed_config).items():
             if key in _TUNING and value != "auto":
                 _put(config, key, value)
     return config
@@ -110,7 +110,7 @@ def check_deepspeed_file(
     if path is None:
         return
     agreements = _agreements(parallel, optimizer, schedule, global_samples, micro_samples)
-    for key, value in _flatten(_read(path)).items():
+    for key, value in _read(path).items():
         if value == "auto":  # what Hugging Face writes for "as the training script says"
             continue
         said = f"parallel.deepspeed_config={path}: {key}={json.dumps(value)}"
@@ -214,16 +214,19 @@ def _check_kind(said: str, value: Any, kind: type) -> None:
         raise ValueError(f"{said}: must be a whole number, 0 or more")
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
+    """The file's values by dotted key."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
+        if isinstance(content, dict):
+            return _flatten(content)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"parallel.deepspeed_config={path}: cannot be read ({error})") from None
     except ValueError as error:
         raise ValueError(f"parallel.deepspeed_config={path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"parallel.deepspeed_config={path}: must hold an object, not {type(content).__name__}")
-    return content
+    except RecursionError:
+        raise ValueError(f"parallel.deepspeed_config={path}: not valid JSON (nested too deeply)") from None
+    raise ValueError(f"parallel.deepspeed_config={path}: must hold an object, not {type(content).__name__}")
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -128,7 +128,10 @@ def test_what_contradicts_the_recipe_is_refused_naming_both(
         ("{", "not valid JSON"),
         ('{"a": 1, "a": 2}', "'a' is given twice"),
         ("[1]", "must hold an object"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"a":' * 100_000, "not valid JSON"),
     ],
+    ids=lambda value: value[:20],
 )
 def test_what_is_no_object_is_refused(tmp_path: Path, content: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
