@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,22 +18,31 @@ from distrib.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 # Elements that are reduced, or gathered ahead, at a time. DeepSpeed's own 500 million would be a buffer of 2 GB in fp32.
 _BUCKET_ELEMENTS = 50_000_000
 
-_TUNING: dict[str, type] = {
-    "zero_optimization.allgather_bucket_size": int,
-    "zero_optimization.contiguous_gradients": bool,
-    "zero_optimization.overlap_comm": bool,
-    "zero_optimization.reduce_bucket_size": int,
-    "zero_optimization.reduce_scatter": bool,
-    "zero_optimization.sub_group_size": int,
-    "zero_optimization.use_multi_rank_bucket_allreduce": bool,
-    "zero_optimization.stage3_max_live_parameters": int,
-    "zero_optimization.stage3_max_reuse_distance": int,
-    "zero_optimization.stage3_model_persistence_threshold": int,
-    "zero_optimization.stage3_module_granularity_threshold": int,
-    "zero_optimization.stage3_param_persistence_threshold": int,
-    "zero_optimization.stage3_prefetch_bucket_size": int,
-    "zero_optimization.offload_optimizer.pin_memory": bool,
-    "zero_optimization.offload_param.pin_memory": bool,
+
+class _Tuning(NamedTuple):
+    """A key of the file that tunes ZeRO."""
+
+    kind: type
+    least: int = 0
+    """The smallest number that DeepSpeed takes."""
+
+
+_TUNING: dict[str, _Tuning] = {
+    "zero_optimization.allgather_bucket_size": _Tuning(int),
+    "zero_optimization.contiguous_gradients": _Tuning(bool),
+    "zero_optimization.overlap_comm": _Tuning(bool),
+    "zero_optimization.reduce_bucket_size": _Tuning(int, least=1),
+    "zero_optimization.reduce_scatter": _Tuning(bool),
+    "zero_optimization.sub_group_size": _Tuning(int),
+    "zero_optimization.use_multi_rank_bucket_allreduce": _Tuning(bool),
+    "zero_optimization.stage3_max_live_parameters": _Tuning(int),
+    "zero_optimization.stage3_max_reuse_distance": _Tuning(int),
+    "zero_optimization.stage3_model_persistence_threshold": _Tuning(int),
+    "zero_optimization.stage3_module_granularity_threshold": _Tuning(int),
+    "zero_optimization.stage3_param_persistence_threshold": _Tuning(int),
+    "zero_optimization.stage3_prefetch_bucket_size": _Tuning(int),
+    "zero_optimization.offload_optimizer.pin_memory": _Tuning(bool),
+    "zero_optimization.offload_param.pin_memory": _Tuning(bool),
 }
 # Sections and keys that a recipe has an own place for.
 _OWNED = {
@@ -123,7 +131,7 @@ def check_deepspeed_file(
             shown = f"{owner}={schedule.kind}" if owner == "schedule.kind" else owner
             raise ValueError(f"{said}: the recipe's {shown} decides this; remove it there")
         elif key in _TUNING:
-            _check_kind(said, value, _TUNING[key])
+            _check_value(said, value, _TUNING[key])
         else:
             near = difflib.get_close_matches(key, [*agreements, *_TUNING], n=3, cutoff=0.7)
             hint = (
@@ -204,14 +212,15 @@ def _same(value: Any, recipe: Any) -> bool:
     return value == recipe and isinstance(value, bool) == isinstance(recipe, bool)
 
 
-def _check_kind(said: str, value: Any, kind: type) -> None:
-    if kind is bool and not isinstance(value, bool):
-        raise ValueError(f"{said}: must be true or false")
-    whole = (
-        not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value) and value == int(value)
-    )
-    if kind is int and not (whole and value >= 0):
-        raise ValueError(f"{said}: must be a whole number, 0 or more")
+def _check_value(said: str, value: Any, tuning: _Tuning) -> None:
+    if tuning.kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{said}: must be true or false")
+        return
+    # Hugging Face writes 5e8 where it means a whole number.
+    whole = value.is_integer() if isinstance(value, float) else type(value) is int
+    if not whole or value < tuning.least:
+        raise ValueError(f"{said}: must be a whole number, {tuning.least} or more")
 
 
 def _read(path: Path) -> dict[str, Any]:

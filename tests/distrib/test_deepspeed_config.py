@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights=true", "not a key that a run takes"),
     ({"zero_optimization": {"overlap_comm": 1}}, "zero_optimization.overlap_comm=1", "true or false"),
     ({"zero_optimization": {"reduce_bucket_size": -1}}, "zero_optimization.reduce_bucket_size=-1", "whole number"),
+    ({"zero_optimization": {"reduce_bucket_size": 0}}, "zero_optimization.reduce_bucket_size=0", "whole number, 1 or more"),
+    ({"zero_optimization": {"reduce_bucket_size": 1.5}}, "zero_optimization.reduce_bucket_size=1.5", "whole number"),
+    ({"zero_optimization": {"reduce_bucket_size": True}}, "zero_optimization.reduce_bucket_size=true", "whole number"),
+    ({"zero_optimization": {"reduce_bucket_size": -(10**400)}}, "zero_optimization.reduce_bucket_size=-1000", "whole number"),
 ]  # fmt: skip
 
 
@@ -156,12 +161,12 @@ def test_deepspeed_knows_every_key_that_is_passed_on(tmp_path: Path) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     given: dict[str, Any] = {}
-    for dotted, kind in _TUNING.items():
+    for dotted, tuning in _TUNING.items():
         section = given
         *above, key = dotted.split(".")
         for name in above:
             section = section.setdefault(name, {})
-        section[key] = True if kind is bool else 12.0
+        section[key] = True if tuning.kind is bool else 12.0
     path = write(tmp_path, given)
     parallel = ParallelConfig(engine="deepspeed", zero_stage=3, offload="parameters", deepspeed_config=path)
     check(path, zero_stage=3, offload="parameters")
@@ -170,3 +175,21 @@ def test_deepspeed_knows_every_key_that_is_passed_on(tmp_path: Path) -> None:
     assert zero.reduce_bucket_size == 12
     assert zero.offload_param.pin_memory
     assert zero.stage == 3
+
+
+def refuses(take: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
+    try:
+        take(*arguments, **named)
+    except ValueError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_size_is_refused_where_deepspeed_refuses_it(tmp_path: Path, value: int) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for dotted in (dotted for dotted, tuning in _TUNING.items() if tuning.kind is int):
+        name = dotted.removeprefix("zero_optimization.")
+        path = write(tmp_path, {"zero_optimization": {name: value}})
+        assert refuses(check, path, zero_stage=3) == refuses(DeepSpeedZeroConfig, **{name: value}), dotted
