@@ -19,30 +19,43 @@ from distrib.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 _BUCKET_ELEMENTS = 50_000_000
 
 
+class _Acting(NamedTuple):
+    """Where DeepSpeed reads a key at all."""
+
+    key: str
+    """Of the recipe's parallel section."""
+    values: tuple[Any, ...]
+
+
 class _Tuning(NamedTuple):
     """A key of the file that tunes ZeRO."""
 
     kind: type
+    acting: _Acting
     least: int = 0
     """The smallest number that DeepSpeed takes."""
 
 
+_EVERY_STAGE = _Acting("zero_stage", (1, 2, 3))
+_STAGES_1_AND_2 = _Acting("zero_stage", (1, 2))
+_STAGE_3 = _Acting("zero_stage", (3,))
+
+# Without allgather_bucket_size: DeepSpeed reads it only where torch cannot gather into one tensor, and ours can.
 _TUNING: dict[str, _Tuning] = {
-    "zero_optimization.allgather_bucket_size": _Tuning(int),
-    "zero_optimization.contiguous_gradients": _Tuning(bool),
-    "zero_optimization.overlap_comm": _Tuning(bool),
-    "zero_optimization.reduce_bucket_size": _Tuning(int, least=1),
-    "zero_optimization.reduce_scatter": _Tuning(bool),
-    "zero_optimization.sub_group_size": _Tuning(int),
-    "zero_optimization.use_multi_rank_bucket_allreduce": _Tuning(bool),
-    "zero_optimization.stage3_max_live_parameters": _Tuning(int),
-    "zero_optimization.stage3_max_reuse_distance": _Tuning(int),
-    "zero_optimization.stage3_model_persistence_threshold": _Tuning(int),
-    "zero_optimization.stage3_module_granularity_threshold": _Tuning(int),
-    "zero_optimization.stage3_param_persistence_threshold": _Tuning(int),
-    "zero_optimization.stage3_prefetch_bucket_size": _Tuning(int),
-    "zero_optimization.offload_optimizer.pin_memory": _Tuning(bool),
-    "zero_optimization.offload_param.pin_memory": _Tuning(bool),
+    "zero_optimization.contiguous_gradients": _Tuning(bool, _EVERY_STAGE),
+    "zero_optimization.overlap_comm": _Tuning(bool, _EVERY_STAGE),
+    "zero_optimization.reduce_bucket_size": _Tuning(int, _EVERY_STAGE, least=1),
+    "zero_optimization.reduce_scatter": _Tuning(bool, _EVERY_STAGE),
+    "zero_optimization.sub_group_size": _Tuning(int, _STAGE_3),
+    "zero_optimization.use_multi_rank_bucket_allreduce": _Tuning(bool, _STAGES_1_AND_2),
+    "zero_optimization.stage3_max_live_parameters": _Tuning(int, _STAGE_3),
+    "zero_optimization.stage3_max_reuse_distance": _Tuning(int, _STAGE_3),
+    "zero_optimization.stage3_model_persistence_threshold": _Tuning(int, _STAGE_3),
+    "zero_optimization.stage3_module_granularity_threshold": _Tuning(int, _STAGE_3),
+    "zero_optimization.stage3_param_persistence_threshold": _Tuning(int, _STAGE_3),
+    "zero_optimization.stage3_prefetch_bucket_size": _Tuning(int, _STAGE_3),
+    "zero_optimization.offload_optimizer.pin_memory": _Tuning(bool, _Acting("offload", ("optimizer", "parameters"))),
+    "zero_optimization.offload_param.pin_memory": _Tuning(bool, _Acting("offload", ("parameters",))),
 }
 # Sections and keys that a recipe has an own place for.
 _OWNED = {
@@ -131,6 +144,7 @@ def check_deepspeed_file(
             shown = f"{owner}={schedule.kind}" if owner == "schedule.kind" else owner
             raise ValueError(f"{said}: the recipe's {shown} decides this; remove it there")
         elif key in _TUNING:
+            _check_acting(said, parallel, _TUNING[key].acting)
             _check_value(said, value, _TUNING[key])
         else:
             near = difflib.get_close_matches(key, [*agreements, *_TUNING], n=3, cutoff=0.7)
@@ -210,6 +224,15 @@ def _same(value: Any, recipe: Any) -> bool:
     if isinstance(value, str) and isinstance(recipe, str):
         return value.lower() == recipe.lower()
     return value == recipe and isinstance(value, bool) == isinstance(recipe, bool)
+
+
+def _check_acting(said: str, parallel: ParallelConfig, acting: _Acting) -> None:
+    ours = getattr(parallel, acting.key)
+    if ours not in acting.values:
+        values = " or ".join(str(value) for value in acting.values)
+        raise ValueError(
+            f"{said} acts only under parallel.{acting.key}={values}, and the recipe has {ours}; remove it there"
+        )
 
 
 def _check_value(said: str, value: Any, tuning: _Tuning) -> None:

@@ -104,6 +104,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"zero_optimization": {"overlap_com": True}}, "zero_optimization.overlap_com=true", "zero_optimization.overlap_comm"),
     ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights=true", "not a key that a run takes"),
+    ({"zero_optimization": {"allgather_bucket_size": 2e8}}, "allgather_bucket_size=200000000.0", "not a key that a run takes"),
     ({"zero_optimization": {"overlap_comm": 1}}, "zero_optimization.overlap_comm=1", "true or false"),
     ({"zero_optimization": {"reduce_bucket_size": -1}}, "zero_optimization.reduce_bucket_size=-1", "whole number"),
     ({"zero_optimization": {"reduce_bucket_size": 0}}, "zero_optimization.reduce_bucket_size=0", "whole number, 1 or more"),
@@ -157,24 +158,64 @@ def test_what_depends_on_the_recipe_is_compared_with_it(tmp_path: Path) -> None:
         check(path, sgd)
 
 
-def test_deepspeed_knows_every_key_that_is_passed_on(tmp_path: Path) -> None:
+# Key, its value and the parallel section under which nothing would act on it -> what the message says.
+IDLE: list[tuple[str, Any, dict[str, Any], str]] = [
+    ("stage3_max_live_parameters", 5, {"zero_stage": 2}, "acts only under parallel.zero_stage=3, and the recipe has 2"),
+    ("stage3_prefetch_bucket_size", 5, {"zero_stage": 1}, "acts only under parallel.zero_stage=3, and the recipe has 1"),
+    ("sub_group_size", 5, {"zero_stage": 2}, "acts only under parallel.zero_stage=3, and the recipe has 2"),
+    ("reduce_bucket_size", 5, {"zero_stage": 0}, "acts only under parallel.zero_stage=1 or 2 or 3, and the recipe has 0"),
+    ("overlap_comm", True, {"zero_stage": 0}, "acts only under parallel.zero_stage=1 or 2 or 3, and the recipe has 0"),
+    (
+        "use_multi_rank_bucket_allreduce", True, {"zero_stage": 3},
+        "acts only under parallel.zero_stage=1 or 2, and the recipe has 3",
+    ),
+    (
+        "offload_optimizer", {"pin_memory": True}, {"zero_stage": 2},
+        "acts only under parallel.offload=optimizer or parameters, and the recipe has none",
+    ),
+    (
+        "offload_param", {"pin_memory": False}, {"zero_stage": 3, "offload": "optimizer"},
+        "acts only under parallel.offload=parameters, and the recipe has optimizer",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value", "parallel", "reason"), IDLE, ids=lambda value: str(value)[:40])
+def test_what_the_run_would_not_act_on_is_refused(
+    tmp_path: Path, key: str, value: Any, parallel: dict[str, Any], reason: str
+) -> None:
+    path = write(tmp_path, {"zero_optimization": {key: value}})
+    with pytest.raises(ValueError, match=r"parallel\.deepspeed_config") as refused:
+        check(path, **parallel)
+    message = str(refused.value)
+    assert message.startswith(f"parallel.deepspeed_config={path}: zero_optimization.{key}")
+    assert message.endswith(f"{reason}; remove it there")
+
+
+@pytest.mark.parametrize(("zero_stage", "offload"), [(1, "optimizer"), (3, "parameters")])
+def test_deepspeed_knows_every_key_that_is_passed_on(tmp_path: Path, zero_stage: Any, offload: Any) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     given: dict[str, Any] = {}
     for dotted, tuning in _TUNING.items():
+        if {"zero_stage": zero_stage, "offload": offload}[tuning.acting.key] not in tuning.acting.values:
+            continue
         section = given
         *above, key = dotted.split(".")
         for name in above:
             section = section.setdefault(name, {})
         section[key] = True if tuning.kind is bool else 12.0
     path = write(tmp_path, given)
-    parallel = ParallelConfig(engine="deepspeed", zero_stage=3, offload="parameters", deepspeed_config=path)
-    check(path, zero_stage=3, offload="parameters")
+    parallel = ParallelConfig(engine="deepspeed", zero_stage=zero_stage, offload=offload, deepspeed_config=path)
+    check(path, zero_stage=zero_stage, offload=offload)
     merged = make_deepspeed_config(parallel, ADAMW)["zero_optimization"]
     zero = DeepSpeedZeroConfig(**merged)
     assert zero.reduce_bucket_size == 12
-    assert zero.offload_param.pin_memory
-    assert zero.stage == 3
+    assert zero.offload_optimizer.pin_memory
+    assert zero.stage == zero_stage
+    if zero_stage == 3:
+        assert zero.offload_param.pin_memory
+        assert zero.max_live_parameters == 12
 
 
 def refuses(take: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
