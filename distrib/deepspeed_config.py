@@ -149,7 +149,10 @@ def check_deepspeed_file(
         else:
             near = difflib.get_close_matches(key, [*agreements, *_TUNING], n=3, cutoff=0.7)
             hint = (
-                f"; nearest: {', '.join(near)}" if near else "; what tunes zero_optimization can be given, see README"
+                f"nearest: {', '.join(near)}"
+                if near
+                else "what can be tuned is in zero_optimization: "
+                f"{', '.join(tuned.removeprefix('zero_optimization.') for tuned in _TUNING)}"
             )
             raise ValueError(f"{said} is not a key that a run takes from a DeepSpeed file; remove it there; {hint}")
 

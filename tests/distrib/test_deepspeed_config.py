@@ -158,6 +158,23 @@ def test_what_depends_on_the_recipe_is_compared_with_it(tmp_path: Path) -> None:
         check(path, sgd)
 
 
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("zero_optimization.overlap_com", "nearest: zero_optimization.overlap_comm"),
+        (
+            "xyzzy",
+            "what can be tuned is in zero_optimization: contiguous_gradients, overlap_comm, reduce_bucket_size, ",
+        ),
+    ],
+)
+def test_an_unknown_key_is_told_what_there_is(tmp_path: Path, key: str, hint: str) -> None:
+    path = write(tmp_path, {key: True})
+    with pytest.raises(ValueError, match="is not a key that a run takes") as refused:
+        check(path)
+    assert f"from a DeepSpeed file; remove it there; {hint}" in str(refused.value)
+
+
 # Key, its value and the parallel section under which nothing would act on it -> what the message says.
 IDLE: list[tuple[str, Any, dict[str, Any], str]] = [
     ("stage3_max_live_parameters", 5, {"zero_stage": 2}, "acts only under parallel.zero_stage=3, and the recipe has 2"),
