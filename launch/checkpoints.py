@@ -19,6 +19,7 @@ from distrib.manifest import (
     verify_files,
 )
 from launch.exit_codes import DO_NOT_RESTART, DONE
+from launch.run_directory import NONE_VERIFIES
 
 _COLUMNS = ("checkpoint", "step", "position", "world", "engine", "bytes", "date", "state")
 
@@ -26,7 +27,7 @@ _COLUMNS = ("checkpoint", "step", "position", "world", "engine", "bytes", "date"
 def verify(path: Path) -> int:
     """Reads every byte of a checkpoint, or of all checkpoints of a run, and prints a line for each. Returns an exit code."""
     exit_code = DONE
-    for checkpoint in _checkpoints_at(path):
+    for checkpoint in _readable_at(path):
         reason = _why_bad(checkpoint, contents=True)
         if reason is None:
             print(f"{checkpoint}: good")
@@ -41,19 +42,23 @@ def verify(path: Path) -> int:
 def list_run(run_directory: Path) -> int:
     """Prints a table of a run's checkpoints, newest first, without reading their tensors. Returns an exit code."""
     root = run_directory / "checkpoints"
-    rows = [_row(path) for path in _checkpoints_at(run_directory)]
+    published = _checkpoints_at(run_directory)
+    rows = [_row(path) for path in published]
     rows += [_other_row(path, "put aside: it failed verification") for path in corrupt_checkpoints(root)]
-    rows += [_other_row(path, "not published") for path in sorted(root.glob(f"{TEMPORARY_PREFIX}*"))]
+    rows += [_other_row(path, "not published") for path in _unpublished(root)]
+    if not rows:
+        raise _nothing_saved(run_directory)
     widths = [max(len(row[column]) for row in (_COLUMNS, *rows)) for column in range(len(_COLUMNS))]
     for row in (_COLUMNS, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(f"contents were not read; `lockstep checkpoint verify {run_directory}` reads them")
+    if published:
+        print(f"contents were not read; `lockstep checkpoint verify {run_directory}` reads them")
     return DONE
 
 
 def export(path: Path, out: Path) -> int:
     """Writes the weights of a checkpoint, or of a run's newest good one, for other tools. Returns an exit code."""
-    candidates = _checkpoints_at(path)
+    candidates = _readable_at(path)
     from distrib.checkpoint import open_checkpoint, read_newest_good
     from distrib.export import export_weights, refuse_occupied
     from distrib.world import single_process_world
@@ -78,15 +83,33 @@ def export(path: Path, out: Path) -> int:
 
 
 def _checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoint at `path`, or those of the run there, newest first. Raises ValueError where there is neither."""
+    """The checkpoint at `path`, or those that the run there has published, newest first. Raises ValueError where neither is."""
     if _is_checkpoint(path):
         return [path]
     if not (path / "run.json").is_file():
         raise ValueError(f"{path}: neither a checkpoint (no {MANIFEST_NAME}) nor a run (no run.json)")
-    found = published_checkpoints(path / "checkpoints")
+    return published_checkpoints(path / "checkpoints")
+
+
+def _readable_at(path: Path) -> list[Path]:
+    """As `_checkpoints_at`, and there is at least one. Raises BadCheckpoint where all that a run had were put aside."""
+    found = _checkpoints_at(path)
+    root = path / "checkpoints"
+    if not found and corrupt_checkpoints(root):
+        raise BadCheckpoint(f"{root}: {NONE_VERIFIES}")
     if not found:
-        raise ValueError(f"{path}: no checkpoint was saved yet; train it further")
+        raise _nothing_saved(path)
     return found
+
+
+def _unpublished(root: Path) -> list[Path]:
+    return sorted(root.glob(f"{TEMPORARY_PREFIX}*"))
+
+
+def _nothing_saved(run_directory: Path) -> ValueError:
+    names = ", ".join(path.name for path in _unpublished(run_directory / "checkpoints"))
+    remark = f" (not published: {names})" if names else ""
+    return ValueError(f"{run_directory}: no checkpoint was saved yet{remark}; train it further")
 
 
 def _is_checkpoint(path: Path) -> bool:

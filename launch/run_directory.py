@@ -24,6 +24,7 @@ OUTCOME_FILE = "outcome.json"
 _VERSIONS = (
     "torch", "accelerate", "numpy", "lockstep", "safetensors", "pyarrow", "tokenizers", "datasets", "wandb", "tensorboard",
 )  # fmt: skip
+NONE_VERIFIES = "checkpoints exist and none verifies; restore one, or start a new run"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,15 @@ from launch.meter import Meter
 from launch.preparing import prepare_and_tell
 from launch.recipe import dump_recipe, parse_recipe, parse_yaml
 from launch.resume import refuse_impossible_changes
-from launch.run_directory import Resume, RunDirectory, begin_attempt, claim, describe_environment, ever_checkpointed
+from launch.run_directory import (
+    NONE_VERIFIES,
+    Resume,
+    RunDirectory,
+    begin_attempt,
+    claim,
+    describe_environment,
+    ever_checkpointed,
+)
 from launch.stopping import StopRequest
 from launch.summary import tell_summary
 from launch.together import on_rank_zero, together
@@ -123,7 +131,7 @@ def _resume(attempt: Attempt, resume: Resume, *, allow_change: bool) -> None:
             attempt.say(f"passed over a checkpoint: {bad.reason}; kept as {bad.path.name}")
         if checkpoint is None and existed:
             raise RunEnded(
-                f"{run.checkpoints}: checkpoints exist and none verifies; restore one, or start a new run",
+                f"{run.checkpoints}: {NONE_VERIFIES}",
                 DO_NOT_RESTART,
                 told_by_all=True,
             )

@@ -100,6 +100,35 @@ def test_what_is_no_run_is_named(warm: WarmProcess, action: list[str], tmp_path:
     ended.failed_with(2, "new: no checkpoint was saved yet")
 
 
+def test_a_run_whose_checkpoints_were_all_put_aside_has_none_that_verifies(warm: WarmProcess, tmp_path: Path) -> None:
+    root = tmp_path / "run" / "checkpoints"
+    for name in ("step-00000040.corrupt", "step-00000035.corrupt", ".tmp-step-00000045-0123456789ab"):
+        (root / name).mkdir(parents=True)
+    (root.parent / "run.json").write_text("{}")
+    before = names(root.parent)
+    for action in (["verify", "run"], ["export", "run", "--out", "x"]):
+        ended = warm.lockstep("checkpoint", *action, cwd=tmp_path)
+        ended.failed_with(78, "run/checkpoints: checkpoints exist and none verifies; restore one, or start a new run")
+    shown = warm.lockstep("checkpoint", "list", "run", cwd=tmp_path).succeeded().out.splitlines()
+    assert [line.split(maxsplit=1) for line in shown[1:]] == [
+        ["step-00000035.corrupt", "put aside: it failed verification"],
+        ["step-00000040.corrupt", "put aside: it failed verification"],
+        [".tmp-step-00000045-0123456789ab", "not published"],
+    ]
+    assert names(root.parent) == before
+
+
+def test_what_was_never_published_is_no_checkpoint(warm: WarmProcess, tmp_path: Path) -> None:
+    half = ".tmp-step-00000005-0123456789ab"
+    (tmp_path / "run" / "checkpoints" / half).mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text("{}")
+    for action in (["verify", "run"], ["export", "run", "--out", "x"]):
+        ended = warm.lockstep("checkpoint", *action, cwd=tmp_path)
+        ended.failed_with(2, f"run: no checkpoint was saved yet (not published: {half}); train it further")
+    shown = warm.lockstep("checkpoint", "list", "run", cwd=tmp_path).succeeded().out.splitlines()
+    assert [line.split(maxsplit=1) for line in shown[1:]] == [[half, "not published"]]
+
+
 def test_verify_and_list_need_no_torch(run: Path) -> None:
     for action in ("verify", "list"):
         code = f"import sys, launch.cli; sys.exit(launch.cli.main(['checkpoint', '{action}', 'run']) or 'torch' in sys.modules)"
