@@ -113,8 +113,12 @@ def _nothing_saved(run_directory: Path) -> ValueError:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether a checkpoint, or what is left of one, lies at `path`."""
-    return (path / MANIFEST_NAME).is_file() or any(path.glob("*.safetensors"))
+    """Whether a checkpoint, or what is left of one, lies at `path`: an empty directory of a checkpoint's name is one, too."""
+    if (path / MANIFEST_NAME).is_file() or any(path.glob("*.safetensors")):
+        return True
+    if not path.is_dir() or (path / "run.json").is_file():  # a run may have such a name, too
+        return False
+    return path in (*published_checkpoints(path.parent), *corrupt_checkpoints(path.parent))
 
 
 def _why_bad(checkpoint: Path, *, contents: bool) -> str | None:

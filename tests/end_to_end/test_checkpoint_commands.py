@@ -118,6 +118,20 @@ def test_a_run_whose_checkpoints_were_all_put_aside_has_none_that_verifies(warm:
     assert names(root.parent) == before
 
 
+def test_an_emptied_checkpoint_is_bad_by_its_own_name_and_by_its_run(warm: WarmProcess, tmp_path: Path) -> None:
+    named = "run/checkpoints/step-00000009"
+    (tmp_path / named).mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text("{}")
+    told = f"{named}: BAD: {named}: no MANIFEST.json; it is not a checkpoint of Lockstep\n"
+    for path in ("run", named):
+        ended = warm.lockstep("checkpoint", "verify", path, cwd=tmp_path)
+        assert (ended.code, ended.out) == (78, told)
+    warm.lockstep("checkpoint", "export", named, "--out", "x", cwd=tmp_path).failed_with(78, named, "no MANIFEST.json")
+    (tmp_path / named).rename(tmp_path / f"{named}.corrupt")
+    aside = warm.lockstep("checkpoint", "verify", f"{named}.corrupt", cwd=tmp_path)
+    assert (aside.code, aside.out) == (78, told.replace(named, f"{named}.corrupt"))
+
+
 def test_what_was_never_published_is_no_checkpoint(warm: WarmProcess, tmp_path: Path) -> None:
     half = ".tmp-step-00000005-0123456789ab"
     (tmp_path / "run" / "checkpoints" / half).mkdir(parents=True)
