@@ -34,14 +34,16 @@ class _Tuning(NamedTuple):
     acting: _Acting
     least: int = 0
     """The smallest number that DeepSpeed takes."""
+    multiple_of: int = 1
 
 
 _EVERY_STAGE = _Acting("zero_stage", (1, 2, 3))
 _STAGES_1_AND_2 = _Acting("zero_stage", (1, 2))
 _STAGE_3 = _Acting("zero_stage", (3,))
 
-# Without allgather_bucket_size: DeepSpeed reads it only where torch cannot gather into one tensor, and ours can.
 _TUNING: dict[str, _Tuning] = {
+    # Most files have it, though DeepSpeed only checks it: with this torch it gathers into one tensor.
+    "zero_optimization.allgather_bucket_size": _Tuning(int, _STAGES_1_AND_2, least=2, multiple_of=2),
     "zero_optimization.contiguous_gradients": _Tuning(bool, _EVERY_STAGE),
     "zero_optimization.overlap_comm": _Tuning(bool, _EVERY_STAGE),
     "zero_optimization.reduce_bucket_size": _Tuning(int, _EVERY_STAGE, least=1),
@@ -245,8 +247,9 @@ def _check_value(said: str, value: Any, tuning: _Tuning) -> None:
         return
     # Hugging Face writes 5e8 where it means a whole number.
     whole = value.is_integer() if isinstance(value, float) else type(value) is int
-    if not whole or value < tuning.least:
-        raise ValueError(f"{said}: must be a whole number, {tuning.least} or more")
+    if not whole or value < tuning.least or value % tuning.multiple_of:
+        kind = "a whole number" if tuning.multiple_of == 1 else f"a multiple of {tuning.multiple_of}"
+        raise ValueError(f"{said}: must be {kind}, {tuning.least} or more")
 
 
 def _read(path: Path) -> dict[str, Any]:
