@@ -43,7 +43,6 @@ class EngineBase(ABC):
         self._seed = setup.seed
         self._autocast_dtype = _AUTOCAST_DTYPES[setup.parallel.precision]
         self._scaler = LossScaler(setup.world.device) if setup.parallel.precision == "fp16" else None
-        self._optimizer_kind = setup.optimizer.kind
         self.steps_done = 0
         if setup.world.device.type == "cuda":
             # PyTorch would convolve in TF32, which rounds to 10 bits, without being asked.
@@ -125,7 +124,6 @@ class EngineBase(ABC):
         """The scalars of the canonical form."""
         scalars: dict[str, Any] = {
             "steps_done": self.steps_done,
-            "optimizer_kind": self._optimizer_kind,
             "optimizer_updates": updates_done(self._optimizer),
         }
         if self._scaler is not None:

@@ -141,6 +141,7 @@ class Attempt:
                 "digest": self.ledger.digest,
                 "plan": self.plan.hash,
                 "recipe": hash_recipe(self.config),
+                "resolved_recipe": self.config.model_dump(mode="json"),
                 "wandb_run_id": self.run.identity["wandb_run_id"],
             },
         )

@@ -29,7 +29,7 @@ from launch.ledger import Ledger
 from launch.materials import Materials, open_materials
 from launch.meter import Meter
 from launch.preparing import prepare_and_tell
-from launch.recipe import dump_recipe, parse_recipe, parse_yaml
+from launch.recipe import dump_recipe, parse_recipe
 from launch.resume import refuse_impossible_changes
 from launch.run_directory import (
     NONE_VERIFIES,
@@ -149,14 +149,9 @@ def _resume(attempt: Attempt, resume: Resume, *, allow_change: bool) -> None:
 
 def _take_over(attempt: Attempt, checkpoint: Checkpoint, *, allow_change: bool) -> None:
     config, engine = attempt.config, attempt.engine
-    for difference in _recipe_changes(config, checkpoint.path.parent.parent, allow_change=allow_change):
+    for difference in _recipe_changes(config, checkpoint, allow_change=allow_change):
         attempt.say(f"changed since the checkpoint: {difference}")
     engine_scalars = checkpoint.scalars["engine"]
-    if engine_scalars["optimizer_kind"] != config.optimizer.kind:
-        raise ValueError(
-            f"{checkpoint.path}: was trained with optimizer.kind={engine_scalars['optimizer_kind']}, "
-            f"the recipe says {config.optimizer.kind}; they cannot be exchanged within a run"
-        )
     if config.run.steps < engine_scalars["steps_done"]:
         raise ValueError(
             f"run.steps={config.run.steps}: {checkpoint.path} has done {engine_scalars['steps_done']} already; "
@@ -171,12 +166,12 @@ def _take_over(attempt: Attempt, checkpoint: Checkpoint, *, allow_change: bool) 
     attempt.first_evaluation = checkpoint.scalars["first_evaluation"]
 
 
-def _recipe_changes(config: RunConfig, owner: Path, *, allow_change: bool) -> list[str]:
-    """How the recipe differs from that of the run which a checkpoint belongs to."""
-    recipe = owner / "recipe.yaml"
-    if not recipe.is_file():
-        return []
-    before = parse_recipe(parse_yaml(recipe.read_text(), f"recipe {recipe}"), source=f"recipe {recipe}")
+def _recipe_changes(config: RunConfig, checkpoint: Checkpoint, *, allow_change: bool) -> list[str]:
+    """How the recipe differs from the one that a checkpoint was trained with, wherever it lies now."""
+    source = f"{checkpoint.path}: resolved_recipe"
+    if "resolved_recipe" not in checkpoint.manifest:
+        raise ValueError(f"{source}: missing; only what `lockstep train` saved can be resumed")
+    before = parse_recipe(checkpoint.manifest["resolved_recipe"], source)
     return refuse_impossible_changes(before, config, allow_change=allow_change)
 
 
