@@ -118,11 +118,11 @@ def curve(
     return [take_step(engine, step, micro_samples) for step in range(STEPS)]
 
 
-def reference_curve(optimizer: OptimizerConfig, decay_everything: bool = False) -> Curve:
+def reference_curve(optimizer: OptimizerConfig) -> Curve:
     """The same run in float64: one process, one batch, PyTorch's plain optimizers."""
     model = make_initialised_model(lambda: build_model(MODEL, SHAPE), SEED, torch.device("cpu")).double()
-    decayed = [p for p in model.parameters() if p.ndim >= 2 or decay_everything]
-    undecayed = [p for p in model.parameters() if not (p.ndim >= 2 or decay_everything)]
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    undecayed = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     update: torch.optim.Optimizer
     if optimizer.kind == "adamw":
@@ -183,3 +183,12 @@ class PerRankClip(NativeEngine):
             dist.all_reduce(parameter.grad)
             parameter.grad /= self.world.data_size
         return super()._update()
+
+
+class DecayOfAll(NativeEngine):
+    """A wrong engine: biases and norms decay like matrices."""
+
+    def __init__(self, setup: EngineSetup) -> None:
+        super().__init__(setup)
+        for group in self._optimizer.param_groups:
+            group["weight_decay"] = setup.optimizer.weight_decay

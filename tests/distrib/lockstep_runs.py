@@ -8,6 +8,7 @@ micro-batches per rank many of these are fillers.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -188,13 +189,20 @@ def lockstep_curves(
 def lockstep_curve(
     world: World, layout: Layout, kind: str, optimizer: str, accumulation: int, precision: str, **options: Any
 ) -> Curve:
-    """Every rank calls it. `options`: further keys of the recipe's parallel section."""
+    """Every rank calls it. `options`: as `lockstep_engine` takes them."""
     return take_steps(lockstep_engine(world, layout, kind, optimizer, precision, **options), kind, accumulation)
 
 
 def lockstep_engine(
-    world: World, layout: Layout, kind: str, optimizer: str, precision: str = "fp32", **options: Any
+    world: World,
+    layout: Layout,
+    kind: str,
+    optimizer: str,
+    precision: str = "fp32",
+    make: Callable[[EngineSetup], Engine] = make_engine,
+    **options: Any,
 ) -> Engine:
+    """`make`: what is to be tested, if not the engine of the layout; `options`: further keys of the recipe's parallel section."""
     if layout.engine == "deepspeed":
         options = {"deepspeed_config": SMALL_PARTS, **options}
     parallel = ParallelConfig(
@@ -215,7 +223,7 @@ def lockstep_engine(
         steps=STEPS,
         seed=SEED,
     )
-    return make_engine(setup)
+    return make(setup)
 
 
 def take_steps(engine: Engine, kind: str, accumulation: int, steps: int = STEPS) -> Curve:

@@ -17,9 +17,12 @@ from tests.worker_pool import WorkerPool
 
 ALONE = single_process_world("cpu")
 TAKEN = 3
-EXCHANGED = [layout for layout in LAYOUTS if layout.world_size in (1, 2, 4)]
+EXCHANGED = [
+    *(layout for layout in LAYOUTS if layout.world_size in (1, 2, 4)),
+    *(Layout("native", stage, 2, replicas=2) for stage in (1, 2, 3)),
+]
 # What `make test` takes of them: a sharded one of every engine that shards.
-SHORT = [layout for layout in EXCHANGED if (layout.zero_stage, layout.world_size) == (3, 2)]
+SHORT = [layout for layout in EXCHANGED if (layout.zero_stage, layout.world_size, layout.replicas) == (3, 2, 1)]
 
 
 def save(engine: Engine, root: str) -> None:
@@ -42,24 +45,24 @@ def load(engine: Engine, root: str) -> None:
     engine.load_state(state)
 
 
-def trained(world: World, layout: Layout, root: str) -> Curve:
+def trained(world: World, layout: Layout, kind: str, optimizer: str, root: str) -> Curve:
     """Takes a few steps and saves; returns the twenty that follow."""
-    engine = lockstep_engine(world, layout, "gpt", "adamw")
-    take_steps(engine, "gpt", 2, TAKEN)
+    engine = lockstep_engine(world, layout, kind, optimizer)
+    take_steps(engine, kind, 2, TAKEN)
     save(engine, root)
-    return take_steps(engine, "gpt", 2)
+    return take_steps(engine, kind, 2)
 
 
-def loaded_and_saved(world: World, layout: Layout, root: str, again: str) -> Curve:
+def loaded_and_saved(world: World, layout: Layout, kind: str, optimizer: str, root: str, again: str) -> Curve:
     """Takes a checkpoint over and saves it again; returns the twenty steps that follow."""
-    engine = lockstep_engine(world, layout, "gpt", "adamw")
+    engine = lockstep_engine(world, layout, kind, optimizer)
     load(engine, root)
     save(engine, again)
-    return take_steps(engine, "gpt", 2)
+    return take_steps(engine, kind, 2)
 
 
-def tensors_of(root: str) -> dict[str, torch.Tensor]:
-    engine = lockstep_engine(ALONE, PLAIN, "gpt", "adamw")
+def tensors_of(kind: str, optimizer: str, root: str) -> dict[str, torch.Tensor]:
+    engine = lockstep_engine(ALONE, PLAIN, kind, optimizer)
     load(engine, root)
     return {name: tensor.clone() for name, tensor in engine.canonical_state().tensors.items()}
 
@@ -71,18 +74,25 @@ def assert_agree(found: Curve, expected: Curve) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [pytest.param(layout, marks=() if layout in SHORT else pytest.mark.long) for layout in EXCHANGED],
-    ids=lambda layout: f"{layout.name}, world {layout.world_size}",
+    ("layout", "kind", "optimizer"),
+    [
+        *(pytest.param(one, "gpt", "adamw", marks=() if one in SHORT else pytest.mark.long) for one in EXCHANGED),
+        *(pytest.param(one, "resnet", "sgd", marks=pytest.mark.long) for one in SHORT),
+    ],
+    ids=lambda value: f"{value.name}, world {value.world_size}" if isinstance(value, Layout) else value,
 )
-def test_checkpoints_pass_between_all_engines(gloo_pool: WorkerPool, tmp_path: Path, layout: Layout) -> None:
+def test_checkpoints_pass_between_all_engines(
+    gloo_pool: WorkerPool, tmp_path: Path, layout: Layout, kind: str, optimizer: str
+) -> None:
     reference, again, own = (str(tmp_path / name) for name in ("reference", "again", "own"))
-    expected = trained(ALONE, PLAIN, reference)
-    assert_agree(gloo_pool.run(loaded_and_saved, layout.world_size, layout, reference, again)[0], expected)
-    before, after = tensors_of(reference), tensors_of(again)
+    cell = (layout, kind, optimizer)
+    expected = trained(ALONE, PLAIN, kind, optimizer, reference)
+    assert_agree(gloo_pool.run(loaded_and_saved, layout.world_size, *cell, reference, again)[0], expected)
+    before, after = tensors_of(kind, optimizer, reference), tensors_of(kind, optimizer, again)
     assert before.keys() == after.keys()
-    assert any(name.startswith("optimizer.exp_avg_sq.") for name in before)
+    state = {"adamw": "exp_avg_sq", "sgd": "momentum_buffer"}[optimizer]
+    assert any(name.startswith(f"optimizer.{state}.") for name in before)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
-    there = gloo_pool.run(trained, layout.world_size, layout, own)[0]
-    assert_agree(loaded_and_saved(ALONE, PLAIN, own, again), there)
+    there = gloo_pool.run(trained, layout.world_size, *cell, own)[0]
+    assert_agree(loaded_and_saved(ALONE, PLAIN, kind, optimizer, own, again), there)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from distrib.config import OptimizerConfig
 from distrib.native import NativeEngine
 from distrib.world import World, single_process_world
 from tests.distrib.engine_runs import (
@@ -16,9 +15,6 @@ from tests.distrib.engine_runs import (
     STEPS,
     Batch,
     Curve,
-    HalvedGradient,
-    MeanOfMeans,
-    PerRankClip,
     curve,
     global_batch,
     make_engine,
@@ -59,30 +55,6 @@ def test_every_world_and_micro_batch_gives_the_reference_curve(
     curves = gloo_pool.run(curve, world_size, OPTIMIZERS[kind], micro_samples)
     assert all(points == curves[0] for points in curves), "ranks must report the same numbers"
     assert_same_curve(curves[0], references[kind])
-
-
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
-@pytest.mark.parametrize("wrong_engine", [HalvedGradient, MeanOfMeans])
-def test_a_wrong_gradient_is_noticed(
-    gloo_pool: WorkerPool, references: dict[str, Curve], kind: str, wrong_engine: type
-) -> None:
-    points = gloo_pool.run(curve, 2, OPTIMIZERS[kind], 2, wrong_engine)[0]
-    with pytest.raises(AssertionError, match="of step"):
-        assert_same_curve(points, references[kind])
-
-
-def test_clipping_per_rank_is_noticed(gloo_pool: WorkerPool, references: dict[str, Curve]) -> None:
-    points = gloo_pool.run(curve, 2, ADAMW_CLIPPED, 7, PerRankClip)[0]
-    with pytest.raises(AssertionError, match="of step"):
-        assert_same_curve(points, references["adamw"])
-
-
-def test_wrong_decay_groups_are_noticed(references: dict[str, Curve]) -> None:
-    # A decay and a rate strong enough for the norms' weights to feel it: at the defaults their losses differ by 2e-7.
-    strong = OptimizerConfig(lr=1e-3, weight_decay=10.0, clip_norm=0.5)
-    with pytest.raises(AssertionError, match="of step"):
-        assert_same_curve(reference_curve(strong, decay_everything=True), reference_curve(strong))
-    assert_same_curve(curve(single_process_world("cpu"), strong, 7), reference_curve(strong))
 
 
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights(gloo_pool: WorkerPool, references: dict[str, Curve]) -> None:
