@@ -23,7 +23,8 @@ def make_initialised_model(
 
     A model that offers `initialise_parameter(name, parameter, generator)` and `initialise_buffers()` is built on the
     meta device first, so its weights exist once. Any other module is built on the CPU and initialised by its submodules'
-    own `reset_parameters`, each under a random state of its own.
+    own `reset_parameters`, each under a random state of its own: what its constructor draws and computes besides, such as a
+    parameter of its own or a table in a buffer, a meta device would lose.
 
     `partition` is handed every module as soon as its own parameters are drawn, and may spread them over ranks: a model
     that is initialised by name then never exists as a whole; any other is handed over at once.
@@ -60,7 +61,7 @@ def make_sharded_model(
     """The same model with the same initial values, spread over ranks by `shard`, which makes its parameters DTensors.
 
     A model that is initialised by name never exists as a whole on any rank: one parameter at a time is drawn, and this
-    rank's part of it kept.
+    rank's part of it kept. Any other is built whole on every rank, and then cut.
     """
     if not _initialises_by_name(make_model):
         model = _build_and_reset(make_model, seed).to(device)
