@@ -82,15 +82,18 @@ class _Agreement(NamedTuple):
     """The recipe's key and value, for the message."""
 
 
-def make_deepspeed_config(parallel: ParallelConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given, a checked file of the user's included.
+def make_deepspeed_config(
+    parallel: ParallelConfig, optimizer: OptimizerConfig, model_elements: int = _BUCKET_ELEMENTS
+) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given for a model of so many parameter elements, a checked file of the user's included.
 
     Weights are fp32 to DeepSpeed at every precision (no `bf16` or `fp16` section), the batch is one micro-batch without
     accumulation, and at stage 0, where DeepSpeed reduces gradients and no more, clipping is the engine's.
     """
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
-        "reduce_bucket_size": _BUCKET_ELEMENTS,
+        # Stage 3 makes this buffer when it starts: it need not be larger than all that is ever reduced.
+        "reduce_bucket_size": min(_BUCKET_ELEMENTS, model_elements),
         "stage3_prefetch_bucket_size": _BUCKET_ELEMENTS,
         # Otherwise DeepSpeed replaces torch.nn.functional.linear in the whole process by an own one.
         "memory_efficient_linear": False,

@@ -42,8 +42,7 @@ class DeepSpeedEngine(EngineBase):
         # Autocast's copies would outlive the weights that stage 3 frees after use.
         self._keep_casts = self._zero_stage < 3
         deepspeed = load_deepspeed(setup.world)
-        config = make_deepspeed_config(parallel, setup.optimizer)
-        self._module = _make_model(deepspeed, setup, config)
+        self._module = _make_model(deepspeed, setup)
         prepare_blocks(
             self._module, activation_checkpointing=parallel.activation_checkpointing, compile_blocks=parallel.compile
         )
@@ -56,6 +55,7 @@ class DeepSpeedEngine(EngineBase):
             with_state=not self._zero_stage,
         )
         self._run_in_precision()
+        config = make_deepspeed_config(parallel, setup.optimizer, self.parameter_count)
         self._engine, *_ = deepspeed.initialize(model=self._module, optimizer=self._optimizer, config=config)
         before_leaving(functools.partial(let_go_of, self._engine))
         self._forward_module = _OutsideAutocast(self._engine, setup.world.device.type)
@@ -159,10 +159,12 @@ class _OutsideAutocast(nn.Module):
             return self._engine(*inputs, **named)
 
 
-def _make_model(deepspeed: Any, setup: EngineSetup, config: dict[str, Any]) -> nn.Module:
+def _make_model(deepspeed: Any, setup: EngineSetup) -> nn.Module:
     """At stage 3 a model that is initialised by name never exists as a whole on any rank."""
     if setup.parallel.zero_stage < 3:
         return make_initialised_model(setup.make_model, setup.seed, setup.world.device)
+
+    config = make_deepspeed_config(setup.parallel, setup.optimizer)
 
     def partition(part: nn.Module) -> None:
         deepspeed.zero.Init(module=part, config_dict_or_path=config)

@@ -104,7 +104,7 @@ def _deepspeed(case: _Case) -> Footprint:
     stage, ranks, whole = case.parallel.zero_stage, case.world_size, case.whole_bytes
     if stage == 0:
         return _replicated(case)
-    zero = make_deepspeed_config(case.parallel, case.optimizer)["zero_optimization"]
+    zero = make_deepspeed_config(case.parallel, case.optimizer, sum(case.sizes))["zero_optimization"]
     part = whole / ranks
     moments = case.moments * part
     if stage < 3:

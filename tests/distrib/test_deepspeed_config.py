@@ -225,7 +225,7 @@ def test_deepspeed_knows_every_key_that_is_passed_on(tmp_path: Path, zero_stage:
     path = write(tmp_path, given)
     parallel = ParallelConfig(engine="deepspeed", zero_stage=zero_stage, offload=offload, deepspeed_config=path)
     check(path, zero_stage=zero_stage, offload=offload)
-    merged = make_deepspeed_config(parallel, ADAMW)["zero_optimization"]
+    merged = make_deepspeed_config(parallel, ADAMW, model_elements=1000)["zero_optimization"]
     zero = DeepSpeedZeroConfig(**merged)
     assert zero.reduce_bucket_size == 12
     assert zero.offload_optimizer.pin_memory
@@ -251,3 +251,12 @@ def test_a_size_is_refused_where_deepspeed_refuses_it(tmp_path: Path, value: int
         name = dotted.removeprefix("zero_optimization.")
         path = write(tmp_path, {"zero_optimization": {name: value}})
         assert refuses(check, path, zero_stage=3) == refuses(DeepSpeedZeroConfig, **{name: value}), dotted
+
+
+def test_the_bucket_is_no_larger_than_the_model() -> None:
+    parallel = ParallelConfig(engine="deepspeed", zero_stage=3)
+    sizes = [
+        make_deepspeed_config(parallel, ADAMW, elements)["zero_optimization"]["reduce_bucket_size"]
+        for elements in (1000, 10**9)
+    ]
+    assert sizes == [1000, 50_000_000]

@@ -41,3 +41,13 @@ def test_the_start_holds_the_shard_and_at_most_one_unit(gloo_pool: WorkerPool, w
         assert measured["peak"] < 0.7 * measured["whole"]
     for measured in gloo_pool.run(_start, world_size, "native", ADAMW_CLIPPED):
         assert measured["peak"] <= 3 * measured["shard"] + SCALARS_BYTES
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_deepspeed_starts_with_its_copies_and_a_bucket_of_the_model_s_size(
+    gloo_pool: WorkerPool, world_size: int
+) -> None:
+    """Weights and the copy that is updated, a gradient, two moments; see `distrib.footprint`."""
+    for measured in gloo_pool.run(_start, world_size, "deepspeed", ADAMW_CLIPPED):
+        assert measured["peak"] <= 5 * measured["shard"] + measured["whole"] + SCALARS_BYTES
