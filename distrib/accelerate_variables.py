@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from distrib.config import ParallelConfig
 
@@ -16,30 +18,37 @@ MORE_THAN_COPIES = {
 }
 
 
-def refuse_what_the_recipe_decides(parallel: ParallelConfig) -> None:
-    """Raises ValueError where the variables decide what the recipe decides, and otherwise."""
+def refuse_what_the_recipe_decides(
+    parallel: ParallelConfig,
+    asked: Mapping[str, str] = os.environ,
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Raises ValueError where the variables in `asked` decide what the recipe decides, and otherwise. `names`: what a message
+    calls a variable that the user never set."""
+
+    def said(variable: str) -> str:
+        return names.get(variable, f"{variable}={asked.get(variable)}")
+
     # `accelerate launch` says "no" where nobody asked for anything.
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    precision = asked.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", _PRECISIONS[parallel.precision]):
         raise ValueError(
-            f"ACCELERATE_MIXED_PRECISION={precision}, but parallel.precision={parallel.precision}: set parallel.precision, "
+            f"{said('ACCELERATE_MIXED_PRECISION')}, but parallel.precision={parallel.precision}: set parallel.precision, "
             "and remove mixed_precision from `accelerate config`"
         )
-    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-    if dynamo.lower() != "no":
+    if asked.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise ValueError(
-            f"ACCELERATE_DYNAMO_BACKEND={dynamo}: the recipe decides about compiling; set parallel.compile=true, and "
+            f"{said('ACCELERATE_DYNAMO_BACKEND')}: the recipe decides about compiling; set parallel.compile=true, and "
             "remove dynamo from `accelerate config`"
         )
-    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if accumulation != "1":
+    if asked.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
         raise ValueError(
-            f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={accumulation}: accumulation follows from batch.global_samples and "
+            f"{said('ACCELERATE_GRADIENT_ACCUMULATION_STEPS')}: accumulation follows from batch.global_samples and "
             "batch.micro_samples; remove it from `accelerate config`"
         )
-    if is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+    if is_set("ACCELERATE_USE_PARALLELISM_CONFIG", asked):
         raise ValueError(
-            "ACCELERATE_USE_PARALLELISM_CONFIG: the recipe decides how the model is divided among the ranks; "
+            f"{said('ACCELERATE_USE_PARALLELISM_CONFIG')}: the recipe decides how the model is divided among the ranks; "
             f"{_ELSEWHERE}"
         )
 
@@ -55,7 +64,7 @@ def refuse_what_goes_unread(parallel: ParallelConfig) -> None:
             )
 
 
-def is_set(variable: str) -> bool:
+def is_set(variable: str, asked: Mapping[str, str] = os.environ) -> bool:
     """Whether a variable that stands for yes or no says yes."""
     # Accelerate itself takes "true" alone, and passes over a "1" without a word.
-    return os.environ.get(variable, "").lower() not in ("", "false", "0", "no")
+    return asked.get(variable, "").lower() not in ("", "false", "0", "no")

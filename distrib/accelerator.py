@@ -15,6 +15,7 @@ from accelerate.utils import (
     patch_environment,
 )
 
+from distrib.accelerate_file import refuse_what_nobody_reads
 from distrib.accelerate_variables import MORE_THAN_COPIES, is_set, refuse_what_the_recipe_decides
 from distrib.config import ParallelConfig
 from distrib.replication import DDP_OPTIONS
@@ -24,10 +25,11 @@ from distrib.world import World
 def make_accelerator(world: World, parallel: ParallelConfig) -> Accelerator:
     """The process's one Accelerator: its state is global, so an earlier one must not step again.
 
-    Raises ValueError, in one line, where the launcher's variables ask for something else than the recipe, and where
-    Accelerate gives something else than they ask.
+    Raises ValueError, in one line, where the launcher's variables, or a file of `accelerate config` that no launcher read,
+    ask for something else than the recipe, and where Accelerate gives something else than the variables ask.
     """
     refuse_what_the_recipe_decides(parallel)
+    refuse_what_nobody_reads(parallel)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     try:

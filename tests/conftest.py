@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 from tests.worker_pool import WorkerPool
+
+# Nor may it read what whoever runs the tests told `accelerate config`. The folder goes with this process.
+_HOME = tempfile.TemporaryDirectory()
+os.environ["HF_HOME"] = _HOME.name
 
 
 def pytest_report_header() -> str:

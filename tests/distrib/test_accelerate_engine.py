@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from distrib import engines
 from distrib.accelerate_engine import AccelerateEngine
+from distrib.accelerate_file import config_file
 from distrib.config import OptimizerConfig, ParallelConfig
 from distrib.engine import EngineSetup
 from distrib.native import NativeEngine
@@ -241,6 +243,63 @@ def test_what_accelerate_would_not_do_is_refused_in_a_line(gloo_pool: WorkerPool
             for part in parts:
                 assert part in refusal, variables
     assert "gives NO" in _answers(ALONE, [SHARDED])[0]
+
+
+def _with_file(directory: Path, content: str, **variables: str) -> str:
+    """What making an engine says where `accelerate config` wrote this."""
+    path = directory / "accelerate" / "default_config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return _answers(ALONE, [{"HF_HOME": str(directory), **variables}])[0]
+
+
+# What `accelerate config` may write -> what the line must hold.
+WRITTEN: list[tuple[str, list[str]]] = [
+    ("distributed_type: FSDP\nmixed_precision: 'no'\n", ["distributed_type=FSDP in ", "engine=native parallel.zero_stage=3"]),
+    ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2}\n", ["distributed_type=DEEPSPEED", "engine=deepspeed"]),
+    ("distributed_type: MEGATRON_LM\n", ["distributed_type=MEGATRON_LM"]),
+    ("distributed_type: 'NO'\nmixed_precision: bf16\n", ["mixed_precision=bf16 in ", "parallel.precision=fp32"]),
+    ("distributed_type: 'NO'\nfp16: true\n", ["mixed_precision=fp16 in ", "parallel.precision=fp32"]),
+    ("mixed_precision: fp8\n", ["mixed_precision=fp8 in ", "parallel.precision=fp32"]),
+    ("dynamo_config: {dynamo_backend: INDUCTOR}\n", ["dynamo_backend=INDUCTOR in ", "parallel.compile=true"]),
+    ("dynamo_config: {backend: INDUCTOR}\n", ["dynamo_backend=INDUCTOR in "]),
+    ("dynamo_backend: INDUCTOR\n", ["dynamo_backend=INDUCTOR in "]),
+    ("parallelism_config: {parallelism_config_tp_size: 2}\n", ["parallelism_config=parallelism_config_tp_size in "]),
+    ("distributed_type: [\n", ["cannot be read", "remove it"]),
+    ("", ["holds no keys"]),
+]  # fmt: skip
+HARMLESS = [
+    "distributed_type: 'NO'\nmixed_precision: 'no'\nnum_processes: 4\ndynamo_config: {}\nfsdp_config: {fsdp_version: 2}\n",
+    "distributed_type: NO\nmixed_precision: no\ndynamo_config: {dynamo_backend: NO}\n",
+    "distributed_type: MULTI_GPU\nmixed_precision:\nparallelism_config: {}\n",
+]
+
+
+def test_a_file_of_accelerate_config_that_no_launcher_reads_is_held_to_the_recipe(tmp_path: Path) -> None:
+    for content, parts in WRITTEN:
+        refusal = _with_file(tmp_path, content)
+        assert "\n" not in refusal
+        for part in [*parts, str(tmp_path / "accelerate" / "default_config.yaml")]:
+            assert part in refusal, content
+    for content in HARMLESS:
+        assert _with_file(tmp_path, content) == "made", content
+
+
+def test_accelerate_launch_has_read_the_file_itself(tmp_path: Path) -> None:
+    """And what it was told on its command line goes before what the file says."""
+    assert _with_file(tmp_path, WRITTEN[0][0], ACCELERATE_DYNAMO_MODE="default") == "made"
+
+
+@pytest.mark.long
+def test_the_file_is_where_accelerate_looks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = "from accelerate.commands.config import default_config_file; print(default_config_file)"
+    for variables in ({"HF_HOME": "~/somewhere"}, {"XDG_CACHE_HOME": "/elsewhere"}, {}):
+        for name in ("HF_HOME", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        answer = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+        assert str(config_file()) == answer.stdout.strip()
 
 
 def test_the_precision_that_both_ask_for_is_the_recipe_s() -> None:

@@ -159,6 +159,21 @@ def test_what_accelerate_silently_would_not_do_ends_the_run_before_its_first_ste
 
 
 @pytest.mark.long
+def test_what_accelerate_config_wrote_is_not_passed_over_by_another_launcher(
+    recipe_without_chance: Path, tmp_path: Path
+) -> None:
+    """`accelerate launch` alone reads the file: without a word the run would be another one than was asked for."""
+    written = tmp_path / "accelerate" / "default_config.yaml"
+    written.parent.mkdir()
+    written.write_text("distributed_type: FSDP\nmixed_precision: bf16\n")
+    arguments = ["train", recipe_without_chance, "parallel.engine=accelerate", "run.directory=run", "--workers", 2]
+    ended = command(LOCKSTEP, *arguments, cwd=tmp_path, env=unconfigured(tmp_path))
+    ended.failed_with(2, f"mixed_precision=bf16 in {written}", "parallel.precision=fp32")
+    ended = command(LOCKSTEP, *arguments, "parallel.precision=bf16", cwd=tmp_path, env=unconfigured(tmp_path))
+    ended.failed_with(2, f"distributed_type=FSDP in {written}", "parallel.engine=native")
+
+
+@pytest.mark.long
 def test_one_process_in_place_of_several_is_refused(recipe_without_chance: Path, tmp_path: Path) -> None:
     """`accelerate launch --cpu` starts one process, however many it was asked for."""
     ended = command(
