@@ -80,13 +80,32 @@ def test_it_is_the_native_run_bit_for_bit(gloo_pool: WorkerPool, precision: str,
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("options", [{"activation_checkpointing": "full"}, {"compile": True}], ids=str)
-def test_blocks_are_prepared_as_the_native_engine_prepares_them(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [{"activation_checkpointing": "selective"}, {"activation_checkpointing": "full"}, {"compile": True}],
+    ids=str,
+)
+def test_blocks_are_prepared_as_the_native_engine_prepares_them(
+    gloo_pool: WorkerPool, options: dict[str, Any], world_size: int
+) -> None:
     native, accelerate = (
-        curve(ALONE, ADAMW_CLIPPED, 2, engine, MODEL, "fp32", 0, **options)
-        for engine in (NativeEngine, AccelerateEngine)
+        gloo_pool.run(_prepared, world_size, engine, options) for engine in (NativeEngine, AccelerateEngine)
     )
     assert accelerate == native
+    for _, is_prepared in accelerate:
+        assert is_prepared
+
+
+def _prepared(world: World, engine_class: type, options: dict[str, Any]) -> tuple[Curve, bool]:
+    """A run, and whether blocks are what the options ask for: the values alone would not tell."""
+    engine = make_engine(world, ADAMW_CLIPPED, engine_class, **options)
+    blocks = engine.module.blocks()
+    if options.get("compile"):
+        is_prepared = all(block._compiled_call_impl is not None for block in blocks)
+    else:
+        is_prepared = all("forward" in vars(block) for block in blocks)
+    return curve(world, ADAMW_CLIPPED, 2, engine_class, **options), is_prepared
 
 
 def _communications(world: World, micro_samples: int) -> list[int]:

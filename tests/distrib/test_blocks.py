@@ -31,7 +31,10 @@ def _curve(world: World, zero_stage: int, activation_checkpointing: str, precisi
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.long), "bf16"])
-@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (2, 0), (2, 3)])
+@pytest.mark.parametrize(
+    ("world_size", "zero_stage"),
+    [(1, 0), (2, 0), (2, 3), *(pytest.param(2, stage, marks=pytest.mark.long) for stage in (1, 2))],
+)
 def test_recomputing_changes_no_bit(gloo_pool: WorkerPool, world_size: int, zero_stage: int, precision: str) -> None:
     kept, *recomputed = (
         gloo_pool.run(_curve, world_size, zero_stage, how, precision)[0] for how in ("none", "selective", "full")
@@ -62,7 +65,7 @@ def test_recomputing_keeps_less() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (2, 3)])
+@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
 def test_compiled_blocks_give_the_reference_curve(gloo_pool: WorkerPool, world_size: int, zero_stage: int) -> None:
     points = gloo_pool.run(_compiled_curve, world_size, zero_stage)[0]
     assert_same_curve(points, reference_curve(ADAMW_CLIPPED))

@@ -125,7 +125,7 @@ def test_bf16_is_the_arithmetic_of_the_native_engine(ranks: Ranks) -> None:
 
 
 @TWO_RANKS
-@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize("zero_stage", [0, 2, *(pytest.param(stage, marks=pytest.mark.long) for stage in (1, 3))])
 def test_the_loss_scale_of_fp16_does_not_reach_the_gradient_norm(
     ranks: Ranks, references: dict[str, Curve], zero_stage: int
 ) -> None:

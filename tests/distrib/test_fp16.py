@@ -35,7 +35,9 @@ def _curve(world: World, zero_stage: int, precision: str) -> list[tuple[float, f
     return curve(mesh_of(world, zero_stage), SGD_UNCLIPPED, 2, NativeEngine, precision=precision, zero_stage=zero_stage)
 
 
-@pytest.mark.parametrize(("world_size", "zero_stage"), [(1, 0), (2, 0), (2, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("world_size", "zero_stage"), [(1, 0), (2, 0), (2, 1), (2, 3), pytest.param(2, 2, marks=pytest.mark.long)]
+)
 def test_the_loss_scale_does_not_reach_the_gradient_norm(
     gloo_pool: WorkerPool, world_size: int, zero_stage: int
 ) -> None:
