@@ -17,7 +17,7 @@ import platform
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +41,8 @@ from models.tasks import build_task
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 0.03
+# What a collective of counts, norms and flags stays below.
+_SCALARS_BYTES = 1000
 MODEL = TransformerConfig(layers=10, width=640, heads=10, positions="learned", norm="layernorm", activation="gelu")
 SHAPE = InputShape(vocabulary_size=512, sequence_tokens=16)
 OPTIMIZER = OptimizerConfig()
@@ -146,10 +148,18 @@ def _work(case: Case, rank: int, store: str, results: Any) -> None:
             "gradients": seen["gradients"] + buffers,
             "optimizer": seen["optimizer"],
             "traffic": dict(traffic),
-            "dtypes": sorted({kind.dtype for kind, size in counter.payload_bytes.items() if size > 1000}),
+            "dtypes": _dtypes_of(counter),
         }
     )
     leave_world(world)
+
+
+def _dtypes_of(counter: CollectiveCounter) -> dict[str, list[str]]:
+    """Collective -> dtypes of what it sends."""
+    dtypes: dict[str, list[str]] = {}
+    for kind in sorted(kind for kind, size in counter.payload_bytes.items() if size > _SCALARS_BYTES):
+        dtypes.setdefault(kind.operation, []).append(kind.dtype)
+    return dtypes
 
 
 def _gradient_buffers(engine: Any) -> Iterator[torch.Tensor]:
@@ -168,10 +178,14 @@ def _build(device: str = "cpu") -> torch.nn.Module:
 
 def deviations(case: Case, measured: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """What is measured -> (bytes, bytes of the engine's formula)."""
-    stated = formula(case, measured["sizes"])
-    pairs = {name: (measured[name], getattr(stated, name)) for name in _MEMORY}
-    for operation in stated.traffic.keys() | measured["traffic"].keys():
-        pairs[operation] = (measured["traffic"].get(operation, 0), stated.traffic.get(operation, 0.0))
+    return _pairs(record(case, measured))
+
+
+def _pairs(one: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    stated = one["stated"]
+    pairs = {name: (one[name], stated[name]) for name in _MEMORY}
+    for operation in stated["traffic"].keys() | one["traffic"].keys():
+        pairs[operation] = (one["traffic"].get(operation, 0), stated["traffic"].get(operation, 0.0))
     return pairs
 
 
@@ -202,38 +216,38 @@ def moved_elements(traffic: dict[str, float], elements: int) -> float:
     return sum((2 if operation == "allreduce" else 1) * size for operation, size in traffic.items()) / (4 * elements)
 
 
-def table(results: list[tuple[Case, dict[str, Any]]], command: str) -> str:
-    elements = sum(results[0][1]["sizes"])
-    dtypes = sorted({dtype for _, one in results for dtype in one["dtypes"]})
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "accelerate"))
+def table(results: dict[str, Any]) -> str:
+    """The page that shows what footprint.json holds."""
     lines = [
         "# Memory and traffic per rank",
         "",
-        f"`{command}`, {datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, {versions}",
+        results["measured"],
         "",
-        f"A GPT of {elements:,} parameters (P), fp32 master weights, AdamW, one micro-batch per rank, gloo. MiB, measured /",
-        "by the engine's formula (`distrib/footprint.py`). Traffic is the payload of a step's collectives, all of it",
-        f"{' and '.join(dtypes)}. The last columns stand beside the ZeRO paper's.",
+        f"A GPT of {results['cases'][0]['elements']:,} parameters (P), fp32 master weights, AdamW, one micro-batch per rank,",
+        "gloo. MiB, measured / by the engine's formula (`distrib/footprint.py`). Traffic is the payload of a step's collectives,",
+        "and dtype that of all that travels but scalars. The last columns stand beside the ZeRO paper's.",
         "",
         f"| {' | '.join(_COLUMNS)} |",
         f"|---|{'---:|' * (len(_COLUMNS) - 1)}",
     ]
-    for case, measured in results:
-        pairs = deviations(case, measured)
+    for one in results["cases"]:
+        case = Case(*(one[field.name] for field in fields(Case)))
+        elements = one["elements"]
+        pairs = _pairs(one)
         memory = [_pair(*pairs[name]) for name in _MEMORY]
         traffic = [_pair(*pairs.get(name, (0, 0))) for name in _TRAFFIC]
         held = sum(pairs[name][0] for name in _MEMORY) / elements
         paper = paper_bytes(case.zero_stage, elements, count_shards(case.parallel, case.world_size)) / elements
-        moved = moved_elements(measured["traffic"], elements)
+        moved = moved_elements(one["traffic"], elements)
         compared = [f"{held:.2f}", f"{paper:.2f}", f"{moved:.2f}", "3" if case.zero_stage == 3 else "2"]
-        lines.append(f"| {' | '.join([case.name, *memory, *traffic, *compared])} |")
+        lines.append(f"| {' | '.join([case.name, *memory, *traffic, _dtypes(one), *compared])} |")
     return "\n".join([*lines, "", EXPLANATION])
 
 
 _MEMORY = ("parameters", "gradients", "optimizer")
-_TRAFFIC = ("allgather", "reduce_scatter", "allreduce")
+_TRAFFIC = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
 _COLUMNS = (
-    "", "parameters", "gradients", "optimizer", "all-gather", "reduce-scatter", "all-reduce",
+    "", "parameters", "gradients", "optimizer", *_TRAFFIC.values(), "dtype",
     "bytes held / P", "paper", "elements moved / P", "paper",
 )  # fmt: skip
 EXPLANATION = """\
@@ -245,9 +259,16 @@ Where this differs from the paper's 16 P bytes and 2 P (stages 0 to 2) or 3 P (s
 * native keeps shards of the weights alone between steps at stages 1 and 2, too; during the forward and the backward pass
   whole weights (4 P bytes) are there in addition, and at stage 1 with accumulation whole gradients (4 P). At stage 3 it is
   a block's.
-* deepspeed's stages 1 and 2 all-reduce the gradient and gather the updated weights, 3 P elements; they keep a copy of the
-  part of the weights that a rank updates, since DeepSpeed takes the others for the low-precision ones. Stage 3 gathers weights
-  once as long as all of them may stay until the backward pass (a billion), and keeps a bucket of 50 million elements.
+* deepspeed's stages 1 and 2 keep whole weights (4 P), and on N ranks a copy of the part that a rank updates (4 P / N), since
+  DeepSpeed takes the others for the low-precision ones. The rank's part of the gradient is there twice when the optimizer
+  begins, flat and as it was received (8 P / N), and a parameter that the part's border cuts is held whole (0.12 P at world 2,
+  0.19 P at world 4). With the moments (8 P / N) that is 4 + 2 + 4 + 0.12 + 4 = 14.12 at world 2. Both stages all-reduce the
+  gradient and gather the updated weights: 3 P elements.
+* deepspeed's stage 3 keeps a rank's part of the weights, the copy of it that is updated and two of the gradient (4 P / N each),
+  the moments (8 P / N) and one bucket for gradients, which is as large as the model but at most 50 million elements (4 P
+  here): 2 + 2 + 4 + 4 + 4 = 16 at world 2. It gathers weights once as long as all of them may stay until the backward pass (a
+  billion elements): 2 P elements. The int64 broadcast is of the order in which modules and parameters are used, which the
+  ranks compare once, in the first step after the dry run.
 * With replicas, memory is divided by the ranks of one copy, and a rank's part of the gradient is all-reduced between copies.
 """
 
@@ -256,7 +277,20 @@ def _pair(size: float, stated: float) -> str:
     return f"{size / 2**20:,.1f} / {stated / 2**20:,.1f}" if stated or size > 1e5 else ""
 
 
-def _record(case: Case, measured: dict[str, Any]) -> dict[str, Any]:
+def _dtypes(one: dict[str, Any]) -> str:
+    """Of each collective, where they are not all of one."""
+    dtypes = one["dtypes"]
+    if len({tuple(kinds) for kinds in dtypes.values()}) == 1:
+        return " and ".join(next(iter(dtypes.values())))
+    told = []
+    for operation, kinds in dtypes.items():
+        size = "" if operation in _TRAFFIC else f" ({one['traffic'][operation]:,} bytes)"
+        told.append(f"{_TRAFFIC.get(operation, operation)} {' and '.join(kinds)}{size}")
+    return ", ".join(told)
+
+
+def record(case: Case, measured: dict[str, Any]) -> dict[str, Any]:
+    """A case as footprint.json holds it."""
     sizes = measured["sizes"]
     measured = {key: value for key, value in measured.items() if key != "sizes"}
     return {**asdict(case), **measured, "elements": sum(sizes), "stated": asdict(formula(case, sizes))}
@@ -266,12 +300,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS)
     output = parser.parse_args().output
-    results = [(case, measure(case)) for case in cases()]
-    text = table(results, "python benchmarks/footprint.py")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "accelerate"))
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    results = {
+        "measured": f"`python benchmarks/footprint.py`, {datetime.date.today()}, {machine}, {versions}",
+        "cases": [record(case, measure(case)) for case in cases()],
+    }
+    text = table(results)
     output.mkdir(exist_ok=True)
-    (output / "footprint.json").write_text(
-        json.dumps([_record(case, measured) for case, measured in results], indent=1) + "\n"
-    )
+    (output / "footprint.json").write_text(json.dumps(results, indent=1) + "\n")
     (output / "footprint.md").write_text(text)
     print(text)
 

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 
-from benchmarks.footprint import Case, cases, deviations, measure, paper_bytes, table, within_tolerance
+from benchmarks.footprint import (
+    RESULTS,
+    Case,
+    cases,
+    deviations,
+    measure,
+    paper_bytes,
+    record,
+    table,
+    within_tolerance,
+)
 
 
 @pytest.mark.long
@@ -15,7 +28,17 @@ def test_the_engine_holds_and_sends_what_its_formula_says(case: Case) -> None:
     assert 48e6 < elements < 52e6
     for what, (size, stated) in deviations(case, measured).items():
         assert within_tolerance(size, stated, 4 * elements), f"{what}: {size} bytes, stated {stated}"
-    assert case.name in table([(case, measured)], "test")
+    assert case.name in table({"measured": "test", "cases": [record(case, measured)]})
+
+
+def test_the_committed_page_shows_the_committed_numbers() -> None:
+    results = json.loads((RESULTS / "footprint.json").read_text())
+    page = (RESULTS / "footprint.md").read_text()
+    assert page == table(results)
+    assert [Case(*(one[field.name] for field in dataclasses.fields(Case))) for one in results["cases"]] == cases()
+    for case, one in zip(cases(), results["cases"], strict=True):
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| {case.name} |"))
+        assert all(dtype in row for dtypes in one["dtypes"].values() for dtype in dtypes)
 
 
 def test_a_wrong_formula_is_noticed() -> None:
