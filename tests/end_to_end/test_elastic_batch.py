@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.runs import LOCKSTEP, digests, lockstep, losses, started, wait_for_step, workers_of, write_recipe
+from tests.end_to_end.runs import (
+    LOCKSTEP,
+    checkpoints,
+    digests,
+    lockstep,
+    losses,
+    started,
+    wait_until,
+    workers_of,
+    write_recipe,
+)
 
 # So many that the run is at work when its worker is lost.
 STEPS = 40
@@ -52,7 +62,9 @@ def test_three_of_four_workers_go_on_with_the_same_run(
     run, (four, three) = tmp_path / "run", LAYOUTS[layout]
     arguments: list[object] = ["train", ragged_recipe, f"run.directory={run}"]
     with started(LOCKSTEP, *arguments, *four, "--workers", 4, cwd=tmp_path) as process:
-        wait_for_step(run, 9, None, process)
+        wait_until(
+            lambda: process.poll() is not None or "step-00000008" in checkpoints(run), f"the second checkpoint of {run}"
+        )
         os.kill(workers_of(process.pid)[3], signal.SIGKILL)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 1, err
