@@ -12,7 +12,7 @@ from torch import nn
 
 from distrib.blocks import prepare_blocks
 from distrib.deepspeed_config import make_deepspeed_config
-from distrib.deepspeed_library import let_go_of, load_deepspeed
+from distrib.deepspeed_library import ending_of, load_deepspeed
 from distrib.deepspeed_state import ShardedState
 from distrib.engine import CanonicalState, EngineSetup, MicroBatch
 from distrib.engine_base import EngineBase
@@ -58,7 +58,7 @@ class DeepSpeedEngine(EngineBase):
         self._run_in_precision()
         config = make_deepspeed_config(parallel, setup.optimizer, self.parameter_count)
         self._engine, *_ = deepspeed.initialize(model=self._module, optimizer=self._optimizer, config=config)
-        before_leaving(functools.partial(let_go_of, self._engine))
+        before_leaving(ending_of(self._engine))
         self._forward_module = _OutsideAutocast(self._engine, setup.world.device.type)
         self._sharded: ShardedState | None = None
         if self._zero_stage:

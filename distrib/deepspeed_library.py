@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -42,18 +43,22 @@ def load_deepspeed(world: World) -> Any:
     return deepspeed
 
 
-def let_go_of(engine: Any) -> None:
-    """Ends an engine of DeepSpeed's. Hooks that garbage collection cannot see and caches of the library would keep it for the
-    life of the process: its memory, and the process groups, whose threads poll as long as they live."""
+def ending_of(engine: Any) -> Callable[[], None]:
+    """What ends an engine of DeepSpeed's. Hooks that garbage collection cannot see and caches of the library would keep it for
+    the life of the process: its memory, and the process groups, whose threads poll as long as they live."""
+    # Imported now: where a version lacks them, that must show before the run and not at its end.
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-    engine.destroy()
-    FWD_MODULE_STACK.clear()
-    for function in vars(PartitionedParameterCoordinator).values():
-        for cell in getattr(function, "__closure__", None) or ():
-            if hasattr(cell.cell_contents, "cache_clear"):
-                cell.cell_contents.cache_clear()
+    def end() -> None:
+        engine.destroy()
+        FWD_MODULE_STACK.clear()
+        for function in vars(PartitionedParameterCoordinator).values():
+            for cell in getattr(function, "__closure__", None) or ():
+                if hasattr(cell.cell_contents, "cache_clear"):
+                    cell.cell_contents.cache_clear()
+
+    return end
 
 
 def _quiet() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from distrib.config import OptimizerConfig
 from distrib.deepspeed_engine import DeepSpeedEngine
 from distrib.engine import EngineSetup
-from distrib.world import World, leave_world, single_process_world
+from distrib.world import World, single_process_world
 from tests.distrib.conftest import Ranks
 from tests.distrib.engine_runs import (
     ADAMW_CLIPPED,
@@ -31,7 +30,6 @@ from tests.distrib.engine_runs import (
 from tests.distrib.lockstep_runs import SMALL_PARTS
 from tests.distrib.test_native_engine import assert_same_curve
 from tests.distrib.test_sharding import load_step, mesh_of, save_step, whole_tensors
-from tests.worker_pool import WorkerPool
 
 OPTIMIZERS = {"adamw": ADAMW_CLIPPED, "sgd": SGD_UNCLIPPED}
 STAGES = [0, 1, 2, 3]
@@ -434,35 +432,3 @@ def test_at_stage_3_no_rank_holds_the_model(ranks: Ranks) -> None:
 @pytest.mark.parametrize("zero_stage", STAGES)
 def test_compiled_blocks_give_the_reference_curve(ranks: Ranks, references: dict[str, Curve], zero_stage: int) -> None:
     assert_curve_of_reference(ranks, references, zero_stage, "adamw", 7, compile=True)
-
-
-def _lone(world: World) -> tuple[bool, bool]:
-    """Whether there is a process group while an engine works, and after its world was left."""
-    take_step(make(world, 2), 0, 7)
-    during = torch.distributed.is_initialized()
-    leave_world(world)
-    return during, torch.distributed.is_initialized()
-
-
-def test_a_world_of_one_has_a_group_until_it_is_left(gloo_pool: WorkerPool) -> None:
-    assert gloo_pool.run(_lone, 1) == [(True, False)]
-
-
-def _steps(world: World, zero_stage: int) -> None:
-    take_step(make(world, zero_stage), 0, 7)
-
-
-def _process_groups(world: World) -> int:
-    """As many as there are of the threads that gloo has one of for each."""
-    gc.collect()
-    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
-    return sum(name.startswith("gloo_tcp_loop") for name in names)
-
-
-@pytest.mark.parametrize("zero_stage", [1, 3])
-def test_an_engine_and_its_process_groups_end_with_their_world(gloo_pool: WorkerPool, zero_stage: int) -> None:
-    groups = []
-    for _ in range(4):
-        gloo_pool.run(_steps, 2, zero_stage)
-        groups.append(gloo_pool.run(_process_groups, 2)[0])
-    assert 0 < groups[3] <= groups[1]
