@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.manifest import read_manifest
 from data.order import ORDER_VERSION, Order
 from data.plan import Plan, Segment
+from data.store import LocalStore, read_manifest
 from data.stream import Stream
 from distrib.engine import Engine, EngineSetup
 from distrib.engines import make_engine
@@ -109,7 +109,7 @@ def run_contender(connection: Connection, job: Job) -> None:
         )  # fmt: skip
     torch.set_num_threads(job.table.threads)
     config = _config(job)
-    materials = open_materials(config, job.dataset)
+    materials = open_materials(config, LocalStore(job.dataset))
     world = join_world("cpu")
     run = _run_bare if job.contender == BARE else _run_lockstep
     probe_loss = _probe_loss(run(job, config, materials, world, connection), job)
@@ -157,7 +157,7 @@ def data_section(dataset: Path) -> dict[str, Any]:
 
 def _rows(job: Job) -> npt.NDArray[np.uint16]:
     """The training samples (n, T + 1) as views into the memory map, each row's last token the next one's first."""
-    (shard,) = read_manifest(job.dataset).splits["train"].shards
+    (shard,) = read_manifest(LocalStore(job.dataset)).splits["train"].shards
     tokens = np.memmap(job.dataset / shard.data.name, dtype="<u2", mode="r")
     sequence_tokens = job.table.sequence_tokens
     return np.lib.stride_tricks.sliding_window_view(tokens, sequence_tokens + 1)[::sequence_tokens]

@@ -29,12 +29,14 @@ import numpy.typing as npt
 import torch
 
 from data.config import DataConfig
-from data.dataset import TokenDataset, open_dataset
+from data.dataset import open_dataset
 from data.digest import EMPTY_DIGEST, chain
 from data.order import ORDER_VERSION, Order
 from data.plan import Plan, Segment
 from data.prepare import prepare
+from data.store import LocalStore
 from data.stream import Stream
+from data.token_dataset import TokenDataset
 
 Rows = npt.NDArray[np.uint16]
 
@@ -62,7 +64,7 @@ def prepared_corpus(root: Path) -> Path:
 
 def opened(directory: Path, sequence_tokens: int) -> TokenDataset:
     """The training split."""
-    dataset = open_dataset(directory, DataConfig(sequence_tokens=sequence_tokens), "train")
+    dataset = open_dataset(LocalStore(directory), DataConfig(sequence_tokens=sequence_tokens), "train")
     assert isinstance(dataset, TokenDataset)
     return dataset
 

@@ -8,9 +8,8 @@ only in that form, so that no altered byte goes unseen.
 import hashlib
 import itertools
 import json
-import stat
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -191,18 +190,11 @@ def _file_bytes(manifest: object) -> bytes:
     return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """Read and check `directory/manifest.json`.
+def parse_manifest(content: bytes, path: str) -> Manifest:
+    """Read and check a dataset's `manifest.json`.
 
     CorruptData if any byte of it was altered; ValueError if there is none or a newer Lockstep wrote it.
     """
-    path = directory / MANIFEST_NAME
-    try:
-        content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{directory}: no {MANIFEST_NAME}: not a prepared dataset; run `lockstep prepare`") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     damaged = f"{path}: altered or damaged; {RESTORE}"
     try:
         document = json.loads(content)
@@ -223,23 +215,3 @@ def read_manifest(directory: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CorruptData(f"{path}: {where}: {first['msg']}; {RESTORE}") from None
-
-
-def check_file(directory: Path, entry: FileEntry) -> Path:
-    """The path of a listed file, after checking that it is a regular file in the directory, of the size listed."""
-    path = directory / entry.name
-    try:
-        status = path.lstat()
-        if stat.S_ISLNK(status.st_mode):
-            if path.resolve(strict=True).parent != directory.resolve():
-                raise CorruptData(f"{path}: a link to outside the dataset's directory; replace it by the file")
-            status = path.stat()
-    except (FileNotFoundError, RuntimeError):
-        raise CorruptData(f"{path}: listed in {MANIFEST_NAME} but missing; {RESTORE}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise CorruptData(f"{path}: not a regular file; {RESTORE}")
-    difference = status.st_size - entry.bytes
-    if difference:
-        word = "more than" if difference > 0 else "short of"
-        raise CorruptData(f"{path}: {abs(difference)} bytes {word} the manifest's {entry.bytes}; {RESTORE}")
-    return path

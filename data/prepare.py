@@ -14,9 +14,10 @@ from pathlib import Path
 
 from data.build import Progress, build_images, build_tokens
 from data.config import DataConfig, parse_source
-from data.manifest import FORMAT_VERSION, MANIFEST_NAME, read_manifest
+from data.manifest import FORMAT_VERSION, MANIFEST_NAME
 from data.shards import HashingFile
 from data.sources import ImageSource, TextSource, open_source, source_state
+from data.store import LocalStore, read_manifest
 
 # No room on the disk, over the quota, over the process's limit of file size.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -86,7 +87,7 @@ def _is_prepared(directory: Path, config: DataConfig) -> bool:
     """Whether the dataset is there already; a ValueError if the directory holds anything else."""
     if not os.path.lexists(directory) or (directory.is_dir() and not any(directory.iterdir())):
         return False
-    manifest = read_manifest(directory)
+    manifest = read_manifest(LocalStore(directory))
     found: dict[str, object] = {
         "source": manifest.source.address,
         "tokenizer": manifest.tokenizer.spec if manifest.tokenizer else None,

@@ -16,7 +16,8 @@ import pyarrow as pa
 import xxhash
 
 from data.errors import CorruptData
-from data.manifest import BLOCK_BYTES, RESTORE, FileEntry, ShardEntry, check_file
+from data.manifest import BLOCK_BYTES, RESTORE, FileEntry, ShardEntry
+from data.store import Store
 
 IMAGE_SCHEMA = pa.schema(
     [pa.field("image", pa.binary(), nullable=False), pa.field("label", pa.int64(), nullable=False)]
@@ -165,8 +166,8 @@ class ImageShardWriter:
 class CheckedFile:
     """A memory-mapped file whose blocks are hashed the first time they are asked for."""
 
-    def __init__(self, directory: Path, entry: FileEntry) -> None:
-        self.path = check_file(directory, entry)
+    def __init__(self, store: Store, entry: FileEntry) -> None:
+        self.path = store.fetch(entry)
         with self.path.open("rb") as file:
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if len(self.map) != entry.bytes:  # grown or cut since its size was checked
@@ -202,10 +203,10 @@ class CheckedFile:
 class TokenShard:
     """One token shard, cut into samples of `sequence_tokens` inputs and the target after the last."""
 
-    def __init__(self, directory: Path, entry: ShardEntry, dtype: str, sequence_tokens: int) -> None:
+    def __init__(self, store: Store, entry: ShardEntry, dtype: str, sequence_tokens: int) -> None:
         assert entry.tokens is not None
         assert entry.docs is not None
-        self._data = CheckedFile(directory, entry.data)
+        self._data = CheckedFile(store, entry.data)
         stored = np.dtype(dtype).newbyteorder("<")
         self.samples = samples_of(entry.tokens, sequence_tokens)
         self._stride_bytes = sequence_tokens * stored.itemsize
@@ -215,7 +216,7 @@ class TokenShard:
         self._rows: npt.NDArray[np.void] = np.ndarray(
             (self.samples,), f"V{self._row_bytes}", self._data.map, strides=(self._stride_bytes,)
         )
-        self.document_ends = _read_document_ends(directory, entry)
+        self.document_ends = _read_document_ends(store, entry)
 
     def gather(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
         """Copy samples (n,) out of the map: (n,) opaque rows, each the bytes of its T + 1 tokens."""
@@ -233,9 +234,9 @@ def samples_of(tokens: int, sequence_tokens: int) -> int:
     return (tokens - 1) // sequence_tokens
 
 
-def _read_document_ends(directory: Path, entry: ShardEntry) -> npt.NDArray[np.uint64]:
+def _read_document_ends(store: Store, entry: ShardEntry) -> npt.NDArray[np.uint64]:
     assert entry.docs is not None
-    docs = CheckedFile(directory, entry.docs)
+    docs = CheckedFile(store, entry.docs)
     docs.check_all()
     ends: npt.NDArray[np.uint64] = np.frombuffer(docs.map, dtype="<u8")
     if ends[-1] != entry.tokens or (ends[1:] <= ends[:-1]).any() or ends[0] == 0:
@@ -246,11 +247,11 @@ def _read_document_ends(directory: Path, entry: ShardEntry) -> npt.NDArray[np.ui
 class ImageShard:
     """One image shard. Arrow parses nothing that has not been checked before."""
 
-    def __init__(self, directory: Path, entry: ShardEntry) -> None:
+    def __init__(self, store: Store, entry: ShardEntry) -> None:
         assert entry.batch_offsets is not None
         self.rows = entry.documents
         self._offsets = entry.batch_offsets
-        self._file = CheckedFile(directory, entry.data)
+        self._file = CheckedFile(store, entry.data)
         self._file.check(0, self._offsets[0])
         self._file.check(self._offsets[-1], entry.data.bytes)
         self._buffer = pa.py_buffer(self._file.map)

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from data.dataset import Dataset
 from data.digest import fold_samples, mix_samples
 from data.order import ORDER_VERSION
 from data.plan import Plan
+from data.samples import Dataset
 from data.steps import Share, StepBlock, Steps
 
 CountItems = Callable[[Mapping[str, torch.Tensor]], int]
@@ -137,7 +137,7 @@ class Stream:
             if segment.fingerprints != (self._dataset.fingerprint,):
                 raise ValueError(
                     f"plan: from position {segment.start_position} on it reads dataset "
-                    f"{segment.fingerprints[0][:12]}, but {self._dataset.directory} is "
+                    f"{segment.fingerprints[0][:12]}, but {self._dataset.address} is "
                     f"{self._dataset.fingerprint[:12]}; use the dataset the run began with"
                 )
             if segment.sequence_tokens != sequence_tokens or segment.order != ORDER_VERSION:

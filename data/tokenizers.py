@@ -10,8 +10,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data.config import bpe_size
-from data.manifest import TokenizerEntry, read_manifest
+from data.manifest import TokenizerEntry
 from data.shards import CheckedFile, HashingFile
+from data.store import Store, read_manifest
 
 TOKENIZER_NAME = "tokenizer.json"
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -172,14 +173,14 @@ def tokenizer_entry(tokenizer: Tokenizer, spec: str, directory: Path) -> Tokeniz
     )
 
 
-def load_tokenizer(dataset_directory: Path) -> Tokenizer:
+def load_tokenizer(store: Store) -> Tokenizer:
     """The tokenizer that a prepared dataset was made with, its file checked against the manifest."""
-    entry = read_manifest(dataset_directory).tokenizer
+    entry = read_manifest(store).tokenizer
     if entry is None:
-        raise ValueError(f"{dataset_directory}: a dataset of images has no tokenizer; choose a dataset of tokens")
+        raise ValueError(f"{store.address}: a dataset of images has no tokenizer; choose a dataset of tokens")
     if entry.file is None:
         return ByteTokenizer()
-    file = CheckedFile(dataset_directory, entry.file)
+    file = CheckedFile(store, entry.file)
     file.check_all()
     return SubwordTokenizer(_parse(bytes(file.map), str(file.path)), entry.end_of_document)
 

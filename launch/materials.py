@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
-from data.dataset import Dataset, open_dataset
+from data.dataset import open_dataset
+from data.samples import Dataset
+from data.store import Store
 from data.tokenizers import Tokenizer, load_tokenizer
 from launch.config import RunConfig
 from models.build import InputShape, build_model
@@ -31,10 +32,10 @@ class Materials:
         return "sample" if self.tokenizer is None else "token"
 
 
-def open_materials(config: RunConfig, dataset_directory: Path) -> Materials:
+def open_materials(config: RunConfig, store: Store) -> Materials:
     """Opens a prepared dataset and fits model and task to it. Raises ValueError, in one line, where they do not fit."""
-    training = open_dataset(dataset_directory, config.data, "train")
-    validation = open_dataset(dataset_directory, config.data, "validation")
+    training = open_dataset(store, config.data, "train")
+    validation = open_dataset(store, config.data, "validation")
     facts = training.facts
     shape = InputShape(
         vocabulary_size=facts.vocabulary_size,
@@ -43,7 +44,7 @@ def open_materials(config: RunConfig, dataset_directory: Path) -> Materials:
         image_size_pixels=facts.image_size_pixels,
         classes=facts.classes,
     )
-    tokenizer = load_tokenizer(dataset_directory) if facts.kind == "tokens" else None
+    tokenizer = load_tokenizer(store) if facts.kind == "tokens" else None
     task = build_task(
         config.task, token_bytes=None if tokenizer is None else tokenizer.token_bytes(), classes=facts.classes
     )

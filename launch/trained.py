@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data.plan import Plan
+from data.store import LocalStore
 from data.stream import evaluation_batches
 from distrib.checkpoint import Checkpoint, load_tensors, open_checkpoint, read_newest_good
 from distrib.initialisation import make_initialised_model
@@ -46,13 +47,13 @@ def load_trained(run_directory: Path, checkpoint: Path | None, dataset: Path | N
         )
     config = parse_recipe(parse_yaml(recipe.read_text(), f"recipe {recipe}"), source=f"recipe {recipe}")
     world = single_process_world(device)
-    materials = open_materials(config, _dataset_directory(run_directory, dataset))
+    materials = open_materials(config, LocalStore(_dataset_directory(run_directory, dataset)))
     module = make_initialised_model(materials.make_model, config.run.seed, world.device)
     found = _load_checkpoint(run_directory, checkpoint, module, world)
     trained_on = Plan.from_json(json.dumps(found.scalars["plan"])).segments[-1].fingerprints
     if materials.training.fingerprint not in trained_on:
         raise ValueError(
-            f"{materials.training.directory}: not the dataset that {found.path} was trained on (it is "
+            f"{materials.training.address}: not the dataset that {found.path} was trained on (it is "
             f"{materials.training.fingerprint[:12]}, that was {trained_on[0][:12]}); name that one with --dataset"
         )
     return TrainedModel(config, materials, module.eval(), found, world)

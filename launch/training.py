@@ -13,6 +13,7 @@ import torch
 from data.order import ORDER_VERSION
 from data.plan import Plan, Segment
 from data.prepare import prepare
+from data.store import LocalStore
 from data.stream import Stream, evaluation_batches
 from distrib.checkpoint import Checkpoint, load_tensors, newest_good_checkpoint, open_checkpoint
 from distrib.engine import CanonicalState, EngineSetup
@@ -60,7 +61,7 @@ def run_attempt(
     """
     begun = time.monotonic()
     on_rank_zero(world, lambda: prepare_and_tell(config.data))
-    materials = together(world, lambda: open_materials(config, prepare(config.data)))
+    materials = together(world, lambda: open_materials(config, LocalStore(prepare(config.data))))
     claimed = on_rank_zero(world, lambda: claim(config, resume))
     path, identity = world.broadcast_object((claimed.path, claimed.identity) if claimed else None)
     run = claimed or RunDirectory(path, identity)
@@ -195,7 +196,10 @@ def _begin(attempt: Attempt) -> None:
 
     def put_on_record() -> None:
         dataset = attempt.materials.training
-        run.identity["dataset"] = {"directory": str(dataset.directory.resolve()), "fingerprint": dataset.fingerprint}
+        run.identity["dataset"] = {
+            "directory": str(Path(dataset.address).resolve()),
+            "fingerprint": dataset.fingerprint,
+        }
         write_durably(run.path / "recipe.yaml", dump_recipe(config).encode())
         run.write_json("environment.json", describe_environment(devices, world.size))
         begin_attempt(

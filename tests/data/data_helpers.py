@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from data.config import DataConfig
-from data.dataset import Dataset
 from data.order import ORDER_VERSION
 from data.plan import Plan, Segment
 from data.prepare import prepare
+from data.samples import Dataset
 
 
 def lorem(number: int) -> str:

@@ -14,8 +14,9 @@ import xxhash
 from data.config import DataConfig
 from data.dataset import open_dataset
 from data.errors import CorruptData
-from data.manifest import BLOCK_BYTES, Manifest, fingerprint_of, read_manifest
+from data.manifest import BLOCK_BYTES, Manifest, fingerprint_of
 from data.prepare import prepare
+from data.store import LocalStore, read_manifest
 from data.stream import Stream
 from data.tokenizers import load_tokenizer
 from tests.data.data_helpers import plan_of, prepared_tokens, token_config, write_images, write_jsonl
@@ -23,7 +24,7 @@ from tests.data.data_helpers import plan_of, prepared_tokens, token_config, writ
 
 def read_everything(directory: Path, config: DataConfig) -> None:
     for split in ("train", "validation"):
-        dataset = open_dataset(directory, config, split)  # type: ignore[arg-type]
+        dataset = open_dataset(LocalStore(directory), config, split)  # type: ignore[arg-type]
         dataset.gather(np.arange(dataset.samples))
 
 
@@ -67,7 +68,7 @@ def test_every_flipped_byte_of_every_file_is_detected(tmp_path: Path, kind: str)
             path.write_bytes(altered)
             try:
                 if path.name == "tokenizer.json":
-                    load_tokenizer(directory)
+                    load_tokenizer(LocalStore(directory))
                 else:
                     read_everything(directory, config)
             except ValueError as error:
@@ -86,7 +87,7 @@ def test_an_altered_block_is_named_with_its_bytes(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[2 * BLOCK_BYTES + 77] ^= 4
     path.write_bytes(content)
-    dataset = open_dataset(directory, config, "train")
+    dataset = open_dataset(LocalStore(directory), config, "train")
     dataset.gather(np.arange(1000))  # other blocks are as good as before
     with pytest.raises(CorruptData, match=rf"train-00000.bin: block 2 \(bytes {2 * BLOCK_BYTES} to .* altered"):
         dataset.gather(np.array([2 * BLOCK_BYTES // 32 + 1]))
@@ -111,7 +112,7 @@ def test_samples_that_span_blocks_are_checked_in_all_of_them(tmp_path: Path) -> 
     content = bytearray(path.read_bytes())
     content[BLOCK_BYTES + 5] ^= 1  # neither the first nor the last block of the sample of 2.4 MB
     path.write_bytes(content)
-    dataset = open_dataset(directory, config, "train")
+    dataset = open_dataset(LocalStore(directory), config, "train")
     with pytest.raises(CorruptData, match="block 1 "):
         dataset.gather(np.array([0]))
 
@@ -136,12 +137,12 @@ def test_a_newer_manifest_says_so(tokens: tuple[Path, DataConfig]) -> None:
     directory, config = tokens
     rewrite(directory, lambda manifest: manifest.update(format_version=2, invented_later=[1]))
     with pytest.raises(ValueError, match="format_version 2 is newer than the 1"):
-        open_dataset(directory, config, "train")
+        open_dataset(LocalStore(directory), config, "train")
 
 
 def test_no_manifest_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a prepared dataset; run `lockstep prepare`"):
-        open_dataset(tmp_path, DataConfig(), "train")
+        open_dataset(LocalStore(tmp_path), DataConfig(), "train")
 
 
 @pytest.mark.parametrize("name", ["../outside.bin", "/etc/hostname", "a/b.bin", "..", "", "a\\b", "a\0b"])
@@ -153,7 +154,7 @@ def test_names_never_leave_the_directory(tokens: tuple[Path, DataConfig], name: 
 
     rewrite(directory, rename)
     with pytest.raises(CorruptData, match="plain name"):
-        open_dataset(directory, config, "train")
+        open_dataset(LocalStore(directory), config, "train")
 
 
 def test_a_link_out_of_the_directory_is_refused(tokens: tuple[Path, DataConfig], tmp_path: Path) -> None:
@@ -162,11 +163,11 @@ def test_a_link_out_of_the_directory_is_refused(tokens: tuple[Path, DataConfig],
     shutil.move(path, tmp_path / "elsewhere.bin")
     path.symlink_to(tmp_path / "elsewhere.bin")
     with pytest.raises(CorruptData, match="link to outside"):
-        open_dataset(directory, config, "train")
+        open_dataset(LocalStore(directory), config, "train")
     path.unlink()
     path.mkdir()
     with pytest.raises(CorruptData, match="not a regular file"):
-        open_dataset(directory, config, "train")
+        open_dataset(LocalStore(directory), config, "train")
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_forged_counts_are_refused_before_anything_is_read(
     directory, config = tokens
     rewrite(directory, lambda manifest: change(manifest["splits"]["train"]["shards"][0]))
     with pytest.raises(CorruptData) as refused:
-        open_dataset(directory, config, "train")
+        open_dataset(LocalStore(directory), config, "train")
     assert "\n" not in str(refused.value)
 
 
@@ -201,7 +202,7 @@ def test_a_manifest_that_is_none_is_refused(tokens: tuple[Path, DataConfig], con
     directory, _ = tokens
     (directory / "manifest.json").write_bytes(content)
     with pytest.raises(CorruptData, match="altered or damaged"):
-        read_manifest(directory)
+        read_manifest(LocalStore(directory))
 
 
 def test_document_ends_that_do_not_rise_are_refused(tokens: tuple[Path, DataConfig]) -> None:
@@ -223,8 +224,8 @@ def test_the_fingerprint_is_the_hash_of_the_canonical_manifest(tokens: tuple[Pat
     document = json.loads((directory / "manifest.json").read_text())
     canonical = json.dumps(document["manifest"], sort_keys=True, separators=(",", ":"))
     assert hashlib.sha256(canonical.encode()).hexdigest() == document["fingerprint"]
-    assert open_dataset(directory, config, "train").fingerprint == document["fingerprint"]
-    manifest = read_manifest(directory)
+    assert open_dataset(LocalStore(directory), config, "train").fingerprint == document["fingerprint"]
+    manifest = read_manifest(LocalStore(directory))
     assert isinstance(manifest, Manifest)
     for entry in manifest.files():
         assert hashlib.sha256((directory / entry.name).read_bytes()).hexdigest() == entry.sha256
@@ -233,4 +234,4 @@ def test_the_fingerprint_is_the_hash_of_the_canonical_manifest(tokens: tuple[Pat
 def test_a_sequence_longer_than_the_data_names_both_numbers(tmp_path: Path) -> None:
     directory = prepare(token_config(tmp_path))
     with pytest.raises(ValueError, match=r"data.sequence_tokens 99999 is longer .* shard has \d+ tokens"):
-        open_dataset(directory, DataConfig(sequence_tokens=99_999), "train")
+        open_dataset(LocalStore(directory), DataConfig(sequence_tokens=99_999), "train")

@@ -14,8 +14,8 @@ from data.build import split_of
 from data.config import DataConfig
 from data.dataset import open_dataset
 from data.errors import CorruptData
-from data.manifest import read_manifest
 from data.prepare import prepare, prepared_directory
+from data.store import LocalStore, read_manifest
 from tests.data.data_helpers import lorem, token_config, write_jsonl
 
 # `stop` is the number of documents after which the process reports where it is and waits to be killed.
@@ -61,7 +61,7 @@ def test_killed_at_any_moment_and_started_again_gives_the_same_bytes(tmp_path: P
         process.communicate()
         assert not killed.exists()
         with pytest.raises(ValueError, match="not a prepared dataset"):
-            read_manifest(killed)
+            read_manifest(LocalStore(killed))
     assert start(source, killed).wait() == 0
     assert contents(killed) == contents(whole)
     assert len(contents(whole)) > 8
@@ -75,7 +75,7 @@ def test_several_processes_at_once_make_one_dataset(tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0, 0], printed
     assert {out.strip() for out, _ in printed} == {str(tmp_path / "shared")}
     config = DataConfig(sequence_tokens=16)
-    assert open_dataset(tmp_path / "shared", config, "train").samples > 1000
+    assert open_dataset(LocalStore(tmp_path / "shared"), config, "train").samples > 1000
     assert list(tmp_path.glob(".shared.preparing-*")) == []
 
 
@@ -129,7 +129,7 @@ def test_the_derived_name_follows_all_that_determines_the_bytes(
     write_jsonl(source, [lorem(number) for number in range(70)])
     second = prepare(config)
     assert second != first  # another corpus under the same name is another dataset
-    assert read_manifest(first).fingerprint != read_manifest(second).fingerprint
+    assert read_manifest(LocalStore(first)).fingerprint != read_manifest(LocalStore(second)).fingerprint
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("1")
     by_file = config.model_copy(update={"tokenizer": str(tokenizer)})
@@ -145,7 +145,7 @@ def test_the_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:
         source = write_jsonl(tmp_path / "corpus.jsonl", texts)
         os.utime(source, ns=(time.time_ns(), 1 if name == "a" else 2))
         config = DataConfig(source=f"jsonl:{source}#text", directory=tmp_path / name, validation_fraction=0.2)
-        fingerprints.append(read_manifest(prepare(config)).fingerprint)
+        fingerprints.append(read_manifest(LocalStore(prepare(config))).fingerprint)
     assert fingerprints[0] == fingerprints[1]
 
 
@@ -167,13 +167,13 @@ def test_the_split_does_not_depend_on_order_or_neighbours(tmp_path: Path) -> Non
 
 def test_shards_are_cut_at_document_ends(tmp_path: Path) -> None:
     config = token_config(tmp_path, documents=100, shard_bytes=2000)
-    manifest = read_manifest(prepare(config))
+    manifest = read_manifest(LocalStore(prepare(config)))
     shards = manifest.splits["train"].shards
     assert len(shards) > 5
     assert all(shard.data.bytes <= 2000 for shard in shards)
     assert [shard.data.name for shard in shards] == [f"train-{number:05d}.bin" for number in range(len(shards))]
     tiny = token_config(tmp_path, documents=100, shard_bytes=1, directory=tmp_path / "tiny")
-    assert all(shard.documents == 1 for shard in read_manifest(prepare(tiny)).splits["train"].shards)
+    assert all(shard.documents == 1 for shard in read_manifest(LocalStore(prepare(tiny))).splits["train"].shards)
 
 
 def test_progress_counts_documents_and_bytes(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from data.config import DataConfig
-from data.dataset import ImageDataset, open_dataset
-from data.manifest import read_manifest
+from data.dataset import open_dataset
+from data.image_dataset import ImageDataset
 from data.prepare import prepare
 from data.shards import CheckedFile
+from data.store import LocalStore, read_manifest
 from data.tokenizers import load_tokenizer
 from tests.data.data_helpers import lorem, write_images, write_jsonl
 
@@ -25,7 +26,7 @@ TEXTS = [lorem(number) for number in range(40)]
 
 def stored_texts(directory: Path) -> list[str]:
     """Every document of a prepared dataset, from the shards and their document ends, as any other tool could."""
-    tokenizer, manifest = load_tokenizer(directory), read_manifest(directory)
+    tokenizer, manifest = load_tokenizer(LocalStore(directory)), read_manifest(LocalStore(directory))
     texts = []
     for split in manifest.splits.values():
         for shard in split.shards:
@@ -60,7 +61,7 @@ def test_text_from_a_folder_a_pattern_and_a_file(tmp_path: Path) -> None:
     (folder / ".hidden").write_bytes(b"\xff")
     directory = prepared(tmp_path, f"text:{folder}")
     assert sorted(stored_texts(directory)) == sorted(TEXTS)
-    assert read_manifest(directory).source.description == "41 files"
+    assert read_manifest(LocalStore(directory)).source.description == "41 files"
     by_pattern = prepared(tmp_path, f"text:{folder}/*/*.txt", directory=tmp_path / "by-pattern")
     assert sorted(stored_texts(by_pattern)) == sorted(TEXTS)
     with pytest.raises(ValueError, match=r"no documents for .* with data.validation_fraction 0\.25"):
@@ -75,7 +76,7 @@ def test_one_large_file_is_cut_at_line_ends_so_that_a_part_can_be_held_out(tmp_p
     parts = sorted(stored_texts(directory), key=text.index)
     assert "".join(parts) == text
     assert all(part.endswith("\n") and len(part) >= 4096 for part in parts[:-1])
-    assert all(split.documents > 1 for split in read_manifest(directory).splits.values())
+    assert all(split.documents > 1 for split in read_manifest(LocalStore(directory)).splits.values())
 
 
 def test_line_ends_and_unicode_are_kept(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_jsonl_and_parquet(tmp_path: Path) -> None:
 
 def test_the_standard_library_is_there_without_tests(tmp_path: Path) -> None:
     directory = prepared(tmp_path, "stdlib", shard_bytes=4_000_000, validation_fraction=0.05)
-    manifest = read_manifest(directory)
+    manifest = read_manifest(LocalStore(directory))
     documents = sum(split.documents for split in manifest.splits.values())
     assert 300 < documents < 2000
     assert 0.01 < manifest.splits["validation"].documents / documents < 0.12
@@ -110,7 +111,7 @@ def test_the_standard_library_is_there_without_tests(tmp_path: Path) -> None:
 def test_digits_are_pngs_of_eight_by_eight(tmp_path: Path) -> None:
     config = DataConfig(source="digits", directory=tmp_path / "digits", validation_fraction=0.2)
     directory = prepare(config)
-    train, held_out = (open_dataset(directory, config, split) for split in ("train", "validation"))
+    train, held_out = (open_dataset(LocalStore(directory), config, split) for split in ("train", "validation"))
     assert train.samples + held_out.samples == 1797
     assert 250 < held_out.samples < 470
     fields, hashes = train.gather(np.arange(train.samples))
@@ -128,7 +129,7 @@ def test_image_folders_keep_their_bytes_and_classes(tmp_path: Path, mode: str) -
     directory = prepared(tmp_path, f"images:{source}", shard_bytes=60_000)
     seen = {}
     for split in ("train", "validation"):
-        dataset = open_dataset(directory, DataConfig(), split)  # type: ignore[arg-type]
+        dataset = open_dataset(LocalStore(directory), DataConfig(), split)  # type: ignore[arg-type]
         assert isinstance(dataset, ImageDataset)
         assert dataset.facts.class_names == ("cat", "dog")
         assert (dataset.facts.channels, dataset.facts.image_size_pixels) == (len(mode), 12)
@@ -145,15 +146,15 @@ def test_images_of_many_shapes_need_a_size_and_are_resized_to_it(tmp_path: Path)
     source = write_images(tmp_path / "photos", count=16, size=(10, 6))
     directory = prepared(tmp_path, f"images:{source}")
     with pytest.raises(ValueError, match=r"set data\.image_size_pixels"):
-        open_dataset(directory, DataConfig(), "train")
+        open_dataset(LocalStore(directory), DataConfig(), "train")
     config = DataConfig(source=f"images:{source}", image_size_pixels=5, image_channels=1)
-    fields, _ = open_dataset(directory, config, "train").gather(np.array([3, 0, 3]))
+    fields, _ = open_dataset(LocalStore(directory), config, "train").gather(np.array([3, 0, 3]))
     assert fields["images"].shape == (3, 1, 5, 5)
     assert np.array_equal(fields["images"][0], fields["images"][2])
     Image.new("L", (10, 6)).save(source / "cat" / "grey.png")
     mixed = prepared(tmp_path, f"images:{source}", directory=tmp_path / "mixed")
     with pytest.raises(ValueError, match=r"set data\.image_channels"):
-        open_dataset(mixed, DataConfig(source=f"images:{source}", image_size_pixels=5), "train")
+        open_dataset(LocalStore(mixed), DataConfig(source=f"images:{source}", image_size_pixels=5), "train")
 
 
 HUGGING_FACE = """
@@ -204,9 +205,9 @@ def test_hugging_face_texts_from_local_folders(tmp_path: Path) -> None:
 def test_hugging_face_images_from_a_local_folder(tmp_path: Path) -> None:
     source = write_images(tmp_path / "photos", count=30)
     assert hugging_face(tmp_path, f"hf:{source}") == ["prepared"]
-    dataset = open_dataset(tmp_path / "0", DataConfig(), "train")
+    dataset = open_dataset(LocalStore(tmp_path / "0"), DataConfig(), "train")
     assert dataset.facts.class_names == ("cat", "dog")
-    assert read_manifest(tmp_path / "0").splits["train"].documents == dataset.samples
+    assert read_manifest(LocalStore(tmp_path / "0")).splits["train"].documents == dataset.samples
 
 
 @pytest.mark.parametrize(
@@ -255,7 +256,7 @@ def test_bad_sources_are_named_in_one_line(tmp_path: Path, source: str, message:
 
 def test_the_checked_file_maps_what_was_written(tmp_path: Path) -> None:
     directory = prepared(tmp_path, f"jsonl:{write_jsonl(tmp_path / 'corpus.jsonl', TEXTS)}#text")
-    entry = read_manifest(directory).splits["train"].shards[0].data
-    file = CheckedFile(directory, entry)
+    entry = read_manifest(LocalStore(directory)).splits["train"].shards[0].data
+    file = CheckedFile(LocalStore(directory), entry)
     file.check_all()
     assert bytes(file.map) == (directory / entry.name).read_bytes()

@@ -13,9 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dataset import Dataset, open_dataset
+from data.dataset import open_dataset
 from data.digest import EMPTY_DIGEST, chain
 from data.plan import Plan
+from data.samples import Dataset
+from data.store import LocalStore
 from data.stream import GlobalStep, MicroBatch, Stream, evaluation_batches
 from tests.data.data_helpers import count_targets, plan_of, prepared_tokens, segment_of
 
@@ -23,7 +25,7 @@ from tests.data.data_helpers import count_targets, plan_of, prepared_tokens, seg
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     directory, config = prepared_tokens(tmp_path_factory.mktemp("tokens"), shard_bytes=3000)
-    opened = open_dataset(directory, config, "train")
+    opened = open_dataset(LocalStore(directory), config, "train")
     assert opened.samples > 300
     return opened
 
@@ -286,6 +288,7 @@ from pathlib import Path
 from tests.data.data_helpers import count_targets, plan_of
 from data.config import DataConfig
 from data.dataset import open_dataset
+from data.store import LocalStore
 from data.digest import EMPTY_DIGEST, chain
 from data.stream import Stream
 
@@ -298,7 +301,7 @@ def reduce_items(items):
     dist.all_reduce(total, group=own_group)
     return total.tolist()
 
-dataset = open_dataset(directory, DataConfig(sequence_tokens=16), "train")
+dataset = open_dataset(LocalStore(directory), DataConfig(sequence_tokens=16), "train")
 stream = Stream(dataset, plan_of(dataset, 10), rank=rank, world_size=world_size, micro_samples=3, position=20,
                 stop_position=10**7, count_items=count_targets, reduce_items=reduce_items)
 digest = EMPTY_DIGEST
@@ -319,7 +322,7 @@ def test_real_gloo_processes_agree_with_one_process(dataset: Dataset, tmp_path: 
     alone = read(dataset, plan_of(dataset, 10), world_size=1, micro_samples=10, position=20, stop=220)
     init = f"file://{tmp_path / 'rendezvous'}"
     command = [sys.executable, "-c", GLOO_RANK]
-    arguments = ["3", init, str(Path(__file__).parent), str(dataset.directory)]
+    arguments = ["3", init, str(Path(__file__).parent), dataset.address]
     ranks = [
         subprocess.Popen(
             [*command, str(rank), *arguments], stdout=subprocess.PIPE, text=True, env={"OMP_NUM_THREADS": "1"}

@@ -12,8 +12,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from data.build import split_of
 from data.config import DataConfig
 from data.dataset import open_dataset
-from data.manifest import read_manifest
 from data.prepare import prepare
+from data.store import LocalStore, read_manifest
 from data.tokenizers import ByteTokenizer, SubwordTokenizer, Tokenizer, load_published, load_tokenizer, train_bpe
 from tests.data.data_helpers import lorem, token_config, write_jsonl
 
@@ -76,8 +76,8 @@ def test_bpe_training_is_deterministic_and_of_the_size_asked(bpe: SubwordTokeniz
 
 def roundtrip(directory: Path, config: DataConfig) -> Tokenizer:
     """Read a prepared dataset back and check its tokenizer against its tokens."""
-    tokenizer = load_tokenizer(directory)
-    dataset = open_dataset(directory, config, "train")
+    tokenizer = load_tokenizer(LocalStore(directory))
+    dataset = open_dataset(LocalStore(directory), config, "train")
     tokens = dataset.gather(np.arange(dataset.samples))[0]["tokens"]
     assert tokens.max() < tokenizer.vocabulary_size == dataset.facts.vocabulary_size
     assert tokenizer.decode(tokens[0].tolist()).startswith("document")
@@ -126,7 +126,7 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path: Path) -> None:
     made.save(str(tmp_path / "words.json"))
     config = token_config(tmp_path, tokenizer=str(tmp_path / "words.json"))
     directory = prepare(config)
-    assert read_manifest(directory).dtype == "uint32"
+    assert read_manifest(LocalStore(directory)).dtype == "uint32"
     assert roundtrip(directory, config).vocabulary_size == 70_004
 
 
@@ -149,4 +149,4 @@ def test_tokenizers_that_cannot_be_used_are_refused(tmp_path: Path, monkeypatch:
 def test_images_have_no_tokenizer(tmp_path: Path) -> None:
     directory = prepare(DataConfig(source="digits", directory=tmp_path / "digits"))
     with pytest.raises(ValueError, match="has no tokenizer"):
-        load_tokenizer(directory)
+        load_tokenizer(LocalStore(directory))

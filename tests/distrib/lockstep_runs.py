@@ -20,9 +20,9 @@ import torch.nn.functional as F
 import xxhash
 from torch import nn
 
-from data.dataset import DatasetFacts
 from data.order import ORDER_VERSION
 from data.plan import Plan, Segment
+from data.samples import DatasetFacts
 from data.stream import Stream
 from distrib.capabilities import count_shards
 from distrib.config import OptimizerConfig, ParallelConfig, ScheduleConfig

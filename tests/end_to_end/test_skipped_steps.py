@@ -13,6 +13,7 @@ import pytest
 from data.config import DataConfig
 from data.dataset import open_dataset
 from data.order import Order
+from data.store import LocalStore
 from launch.tracking.metrics_file import read_metrics
 from tests.end_to_end.runs import LOCKSTEP, command, environment, write_recipe
 from tests.end_to_end.user_models import write_user_package
@@ -33,7 +34,7 @@ def test_skipping_for_ever_ends_the_run_with_the_step_and_its_samples(
     assert skipped == [len(steps) - 2, len(steps) - 1, len(steps)]
     assert steps[-1]["samples"] == 12 * len(steps)
     assert ended.code == 78
-    samples = open_dataset(dataset, DataConfig(**values["data"]), "train").samples
+    samples = open_dataset(LocalStore(dataset), DataConfig(**values["data"]), "train").samples
     ids = Order(samples, 0).sample_ids(np.arange(12 * (len(steps) - 1), 12 * len(steps)))[1].tolist()
     shown = ", ".join(map(str, ids[:8]))
     for text in (

@@ -1,0 +1,61 @@
+"""What a dataset is asked for and what it gives: samples by their ids, with a hash of what was read."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+SampleIds = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
+Fields = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the random choices about samples are keyed by, beside each sample's id: `epochs` (n,) goes with the ids."""
+
+    seed: int
+    epochs: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What a model or task must know of a dataset; None where it does not apply."""
+
+    kind: Literal["tokens", "images"]
+    vocabulary_size: int | None = None
+    sequence_tokens: int | None = None
+    classes: int | None = None
+    class_names: tuple[str, ...] = ()
+    channels: int | None = None
+    image_size_pixels: int | None = None
+
+
+class Dataset(Protocol):
+    """What the stream needs of a dataset."""
+
+    @property
+    def address(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def facts(self) -> DatasetFacts: ...
+    @property
+    def sample_bytes(self) -> int: ...
+    @property
+    def shard_samples(self) -> SampleIds:
+        """Samples of each shard, in stored order; ids count through them."""
+        ...
+
+    def gather(self, sample_ids: SampleIds, choices: Choices | None = None) -> tuple[Fields, Hashes]:
+        """The fields of samples (n,) and the hash (n,) of each one's stored content; without `choices` as evaluated."""
+        ...
+
+
+def check_range(sample_ids: SampleIds, samples: int) -> None:
+    """IndexError where an id is not one of so many samples."""
+    if sample_ids.size and not (sample_ids.min() >= 0 and sample_ids.max() < samples):
+        raise IndexError(f"sample ids reach from {sample_ids.min()} to {sample_ids.max()}; there are {samples} samples")
