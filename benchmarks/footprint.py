@@ -81,6 +81,8 @@ class Micro:
     tensors: dict[str, torch.Tensor]
     first_position: int
     weight: float = 1.0
+    streams: torch.Tensor | None = None
+    stream_count: int = 1
 
 
 def cases() -> list[Case]:

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data.order import ORDER_VERSION, Order
-from data.plan import Plan, Segment
+from data.order import GlobalOrder
+from data.plan import Plan
 from data.store import LocalStore, read_manifest
 from data.stream import Stream
 from distrib.engine import Engine, EngineSetup
@@ -36,6 +36,7 @@ from launch.ledger import Ledger
 from launch.loop import Hooks, Intervals, train
 from launch.materials import Materials, open_materials
 from launch.meter import Meter
+from launch.planning import segment_of
 from launch.recipe import parse_recipe
 from launch.run_directory import RunDirectory
 from launch.stopping import StopRequest
@@ -109,7 +110,7 @@ def run_contender(connection: Connection, job: Job) -> None:
         )  # fmt: skip
     torch.set_num_threads(job.table.threads)
     config = _config(job)
-    materials = open_materials(config, LocalStore(job.dataset))
+    materials = open_materials(config, {"": LocalStore(job.dataset)})
     world = join_world("cpu")
     run = _run_bare if job.contender == BARE else _run_lockstep
     probe_loss = _probe_loss(run(job, config, materials, world, connection), job)
@@ -167,7 +168,7 @@ def _run_bare(job: Job, config: RunConfig, materials: Materials, world: World, c
     """The loop that a researcher writes first."""
     table, rows = job.table, _rows(job)
     positions = np.arange((table.total_steps + SPARE_STEPS) * table.global_samples)
-    order = Order(len(rows), config.run.seed).sample_ids(positions)[1]
+    order = GlobalOrder(len(rows), config.run.seed).sample_ids(positions)[1]
     index = order.reshape(-1, world.size, table.micro_samples)[:, world.rank]  # (steps, micro_samples)
     batches = (torch.from_numpy(rows[ids].astype(np.int64)) for ids in index)
 
@@ -188,15 +189,7 @@ def _run_bare(job: Job, config: RunConfig, materials: Materials, world: World, c
 
 def _run_lockstep(job: Job, config: RunConfig, materials: Materials, world: World, connection: Connection) -> nn.Module:
     """The real loop over the real engine and stream; PLAIN without, FULL with what a run writes and shows."""
-    segment = Segment(
-        start_position=0,
-        fingerprints=(materials.training.fingerprint,),
-        order=ORDER_VERSION,
-        sequence_tokens=config.data.sequence_tokens,
-        seed=config.run.seed,
-        global_samples=config.batch.global_samples,
-    )
-    plan = Plan.of([segment])
+    plan = Plan.of([segment_of(config, materials.training)])
     engine = make_engine(
         EngineSetup(
             materials.make_model,

@@ -31,8 +31,8 @@ import torch
 from data.config import DataConfig
 from data.dataset import open_dataset
 from data.digest import EMPTY_DIGEST, chain
-from data.order import ORDER_VERSION, Order
-from data.plan import Plan, Segment
+from data.order import GlobalOrder
+from data.plan import Plan, Segment, StreamPart
 from data.prepare import prepare
 from data.store import LocalStore
 from data.stream import Stream
@@ -75,14 +75,12 @@ def stream_of(dataset: TokenDataset, batch_samples: int, position: int, stop_pos
     assert sequence_tokens is not None
     segment = Segment(
         start_position=0,
-        fingerprints=(dataset.fingerprint,),
-        order=ORDER_VERSION,
-        sequence_tokens=sequence_tokens,
+        streams=(StreamPart(fingerprint=dataset.fingerprint, sequence_tokens=sequence_tokens),),
         seed=1,
         global_samples=batch_samples,
     )
     return Stream(
-        dataset,
+        {"": dataset},
         Plan.of([segment]),
         rank=0,
         world_size=1,
@@ -163,7 +161,7 @@ def measure_resume(directory: Path) -> float:
 def measure_order() -> float:
     """Milliseconds for 256 sample ids at position 10^12 of 10^13 samples, the first time they are asked for."""
     start = time.perf_counter()
-    Order(10**13, 1).sample_ids(10**12 + np.arange(256))
+    GlobalOrder(10**13, 1).sample_ids(10**12 + np.arange(256))
     return (time.perf_counter() - start) * 1e3
 
 
@@ -196,7 +194,7 @@ def measure(rounds: int) -> dict[str, Any]:
         assert dataset.samples >= BLOCKS
         write_flat(dataset, root / "flat.bin")
         rows = map_flat(root / "flat.bin")
-        order = Order(dataset.samples, 1)
+        order = GlobalOrder(dataset.samples, 1)
         run_stream(dataset, 0)
         for number in range(rounds):
             first = number * BLOCKS

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -56,6 +56,26 @@ def _parse_hugging_face(address: str, rest: str) -> SourceAddress:
     return SourceAddress(kind="hf", location=name, column=column or None, config=config or None, split=split or "train")
 
 
+class StreamConfig(BaseModel):
+    """One stream of a mixture: a dataset of its own, and its share of the samples."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    source: str = Field(description=f"source address: {SOURCE_FORMS}")
+    directory: Path | None = Field(None, description="as data.directory")
+    weight: float = Field(gt=0, description="share of the samples, relative to the other streams' weights")
+    max_epochs: float | None = Field(None, gt=0, description="as data.max_epochs")
+
+    @field_validator("source")
+    @classmethod
+    def _source_has_a_form(cls, address: str) -> str:
+        parse_source(address)
+        return address
+
+
+StreamName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=40)]
+
+
 class DataConfig(BaseModel):
     """What to train on. A dataset is prepared once; what only the reading needs does not enter its identity."""
 
@@ -65,6 +85,17 @@ class DataConfig(BaseModel):
     directory: Path | None = Field(
         None, description="the prepared dataset to use or create; null: under prepared/, named by its contents"
     )
+    streams: dict[StreamName, StreamConfig] = Field(
+        {}, description="a mixture: name -> {source, directory, weight, max_epochs}, instead of source and directory"
+    )
+    max_epochs: float | None = Field(
+        None, gt=0, description="refuse a run that would read a sample more often than this; null: no limit"
+    )
+    order: Literal["global", "windowed"] = Field(
+        "global", description="one shuffle of all samples, or of windows of a few shards, for data that must be fetched"
+    )
+    lanes: int = Field(32, ge=1, description="windowed order: windows that are read side by side")
+    window_shards: int = Field(8, ge=1, description="windowed order: shards that are shuffled together")
     tokenizer: str = Field("bytes", description="bytes, bpe:SIZE, the path of a tokenizer.json, or a hub name")
     validation_fraction: float = Field(
         0.05, gt=0, lt=1, description="share of documents held out, chosen by each document's content hash"
@@ -80,16 +111,40 @@ class DataConfig(BaseModel):
     @model_validator(mode="after")
     def _refuse_options_of_other_data(self) -> "DataConfig":
         images, texts = {"image_size_pixels", "image_channels"}, {"tokenizer", "sequence_tokens"}
-        kind = parse_source(self.source).kind
-        foreign = {"hf": set[str](), "digits": texts, "images": texts}.get(kind, images)
+        sources = [stream.source for stream in self.streams.values()] or [self.source]
+        kinds = {parse_source(source).kind for source in sources} - {"hf"}
+        are_images = {kind in ("digits", "images") for kind in kinds}
+        if len(are_images) > 1:
+            raise ValueError(f"streams of text and of images cannot be mixed: {', '.join(sources)}")
+        foreign = (texts if are_images.pop() else images) if are_images else set[str]()
         # Compared with the defaults, not with what was written: the resolved recipe of a run spells out every key.
         given = [name for name in sorted(foreign) if getattr(self, name) != type(self).model_fields[name].default]
         if given:
             what = "images" if foreign is texts else "text"
             raise ValueError(
-                f"{', '.join(given)} means nothing to data.source={self.source}, which is {what}; remove it"
+                f"{', '.join(given)} means nothing to data.source={', '.join(sources)}, which is {what}; remove it"
             )
         return self
+
+    @model_validator(mode="after")
+    def _refuse_what_has_no_effect(self) -> "DataConfig":
+        fields = type(self).model_fields
+        windows = [name for name in ("lanes", "window_shards") if getattr(self, name) != fields[name].default]
+        if self.order == "global" and windows:
+            raise ValueError(f"{', '.join(windows)} has no effect with data.order=global; remove it")
+        single = ("source", "directory", "max_epochs")
+        given = [name for name in single if getattr(self, name) != fields[name].default]
+        if self.streams and given:
+            raise ValueError(f"{', '.join(given)} has no effect beside data.streams; give it to each stream")
+        return self
+
+    def by_stream(self) -> dict[str, "DataConfig"]:
+        """The configuration of each stream on its own; of the only one, whose name is empty, where there is no mixture."""
+        if not self.streams:
+            return {"": self}
+        common = self.model_dump(exclude={"streams"})
+        own = {name: stream.model_dump(exclude={"weight"}) for name, stream in self.streams.items()}
+        return {name: type(self).model_validate(common | values) for name, values in own.items()}
 
     @field_validator("source")
     @classmethod

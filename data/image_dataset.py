@@ -29,6 +29,7 @@ class ImageDataset:
         self._ends = np.cumsum([entry.documents for entry in self._entries], dtype=np.int64)
         self.shard_samples = np.diff(self._ends, prepend=0)
         self.samples = int(self._ends[-1])
+        self.mixes = False
         self._shards: list[ImageShard | None] = [None] * len(self._entries)
         channels, size = _image_shape(store, manifest.images, config)
         self._mode = "L" if channels == 1 else "RGB"
@@ -68,6 +69,9 @@ class ImageDataset:
         if image.size != (self._size, self._size):
             image = image.resize((self._size, self._size), Image.Resampling.BILINEAR)
         return np.asarray(image)
+
+    def mix(self, fields: Fields, partners: npt.NDArray[np.int64], words: Hashes) -> Fields:
+        raise AssertionError("samples are not mixed")
 
     def _shard(self, number: int) -> ImageShard:
         shard = self._shards[number]

@@ -1,4 +1,4 @@
-"""The global order: a keyed permutation that is computed, never stored.
+"""The order of samples: a keyed permutation that is computed, never stored.
 
 An alternating Feistel network over a rectangle of `rows` x `columns` cells, with modular addition in place of XOR
 (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002), and cycle walking for the few cells past the end.
@@ -7,13 +7,16 @@ Integers only and versioned: no library's random stream can change the order of 
 
 import hashlib
 import math
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from data.digest import mix64
 
-ORDER_VERSION = "global-1"
+GLOBAL_ORDER = "global-1"
+# Part of every key, whatever is derived from it.
+KEY_VERSION = "global-1"
 
 # Ten rounds pass every test on large rectangles; a small one needs more, because each round mixes only a few bits.
 ROUNDS = 10
@@ -29,11 +32,15 @@ _MASK = (1 << 64) - 1
 
 IntegerArray = npt.NDArray[np.int64]
 WordArray = npt.NDArray[np.uint64]
+Words = np.uint64 | WordArray
+"""One word for all, or one for each."""
 
 
-def derive_key(*, seed: int, epoch: int, stream: int = 0, purpose: str = "order") -> int:
-    """A 64-bit key that depends on every part: seed 7 of epoch 1 shares nothing with seed 8 of epoch 0."""
-    text = f"lockstep {ORDER_VERSION} seed={seed} epoch={epoch} stream={stream} purpose={purpose}"
+def derive_key(*, seed: int, epoch: int, stream: str = "", purpose: str = "order") -> int:
+    """A 64-bit key that depends on every part: seed 7 of epoch 1 shares nothing with seed 8 of epoch 0.
+
+    `stream` is the name of a stream of a mixture, empty where there is only one."""
+    text = f"lockstep {KEY_VERSION} seed={seed} epoch={epoch} stream={stream or 0} purpose={purpose}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
@@ -45,19 +52,53 @@ def permute(indices: IntegerArray, samples: int, keys: WordArray) -> IntegerArra
     rows += rows % 2
     columns = max(MINIMUM_SIDE, -(-samples // rows))
     rounds = SMALL_ROUNDS if samples <= SMALL_SAMPLES else ROUNDS
-    subkeys = [mix64(keys + np.uint64(_GOLDEN * (number + 1) & _MASK)) for number in range(rounds)]
-    cells = _encipher(indices.astype(np.uint64), rows, columns, subkeys)
-    outside = np.flatnonzero(cells >= samples)
-    while outside.size:  # cycle walking: follow the cycle until it comes back among the samples
-        walkers = subkeys if keys.size == 1 else [subkey[outside] for subkey in subkeys]
-        cells[outside] = _encipher(cells[outside], rows, columns, walkers)
-        outside = outside[cells[outside] >= samples]
+    limits = np.uint64(samples)
+    return _walk(indices, limits, (np.uint64(rows), np.uint64(columns)), _subkeys(keys, rounds))
+
+
+def permute_each(indices: IntegerArray, samples: IntegerArray, keys: WordArray) -> IntegerArray:
+    """`permute` where every index (n,) has a number of samples (n,) and a key (n,) of its own."""
+    permuted = np.empty_like(indices)
+    small = samples <= SMALL_SAMPLES
+    for rounds, chosen in ((SMALL_ROUNDS, np.flatnonzero(small)), (ROUNDS, np.flatnonzero(~small))):
+        if chosen.size:
+            limits = samples[chosen].astype(np.uint64)
+            rows = np.maximum(MINIMUM_SIDE, _root(limits - np.uint64(1)) + np.uint64(1))
+            rows += rows % np.uint64(2)
+            columns = np.maximum(MINIMUM_SIDE, (limits + rows - np.uint64(1)) // rows)
+            permuted[chosen] = _walk(indices[chosen], limits, (rows, columns), _subkeys(keys[chosen], rounds))
+    return permuted
+
+
+def _root(squares: WordArray) -> WordArray:
+    """The integer square roots (n,) of words below 2^62, exact where floating point is not."""
+    roots = np.sqrt(squares.astype(np.float64)).astype(np.uint64)
+    roots -= roots * roots > squares
+    roots += (roots + np.uint64(1)) ** np.uint64(2) <= squares
+    return roots
+
+
+def _subkeys(keys: WordArray, rounds: int) -> list[WordArray]:
+    return [mix64(keys + np.uint64(_GOLDEN * (number + 1) & _MASK)) for number in range(rounds)]
+
+
+def _walk(indices: IntegerArray, limits: Words, sides: tuple[Words, Words], subkeys: list[WordArray]) -> IntegerArray:
+    """Encipher, and follow the cycle of a cell that lies past its limit until it comes back among the samples."""
+    cells = _encipher(indices.astype(np.uint64), sides, subkeys)
+    outside = np.flatnonzero(cells >= limits)
+    while outside.size:
+        chosen = [subkey if subkey.size == 1 else subkey[outside] for subkey in subkeys]
+        cells[outside] = _encipher(cells[outside], (_at(sides[0], outside), _at(sides[1], outside)), chosen)
+        outside = outside[cells[outside] >= _at(limits, outside)]
     return cells.astype(np.int64)
 
 
-def _encipher(cells: WordArray, rows: int, columns: int, subkeys: list[WordArray]) -> WordArray:
-    """One pass of the network over cells (n,) of the rectangle, `cell = row * columns + column`."""
-    sides = (np.uint64(rows), np.uint64(columns))
+def _at(words: Words, chosen: npt.NDArray[np.intp]) -> Words:
+    return words[chosen] if isinstance(words, np.ndarray) else words
+
+
+def _encipher(cells: WordArray, sides: tuple[Words, Words], subkeys: list[WordArray]) -> WordArray:
+    """One pass of the network over cells (n,) of rectangles of `sides` (rows, columns), `cell = row * columns + column`."""
     row = cells // sides[1]
     halves = [row, cells - row * sides[1]]
     for number, subkey in enumerate(subkeys):
@@ -75,22 +116,32 @@ def _encipher(cells: WordArray, rows: int, columns: int, subkeys: list[WordArray
     return halves[0] * sides[1] + halves[1]
 
 
-class Order:
-    """The order of a dataset under a seed: position -> (epoch, sample id), epochs running on into each other."""
+class Order(Protocol):
+    """The order of one stream's samples: its ordinals 0, 1, ... -> (epoch, sample id), epochs running on into each other."""
 
-    def __init__(self, samples: int, seed: int) -> None:
+    samples: int
+
+    def sample_ids(self, ordinals: IntegerArray) -> tuple[IntegerArray, IntegerArray]:
+        """Epochs and sample ids, both int64 (n,), of ordinals (n,)."""
+        ...
+
+
+class GlobalOrder:
+    """One permutation of all samples an epoch: the best shuffle, for data that is as near everywhere."""
+
+    def __init__(self, samples: int, seed: int, stream: str = "") -> None:
         if not 0 < samples < 1 << 62:
             raise ValueError(f"an order needs between 1 and 2^62 samples, not {samples}")
         self.samples = samples
-        self.seed = seed
+        self._seed, self._stream = seed, stream
         self._keys: dict[int, int] = {}
 
-    def sample_ids(self, positions: IntegerArray) -> tuple[IntegerArray, IntegerArray]:
-        """Epochs and sample ids, both int64 (n,), of positions (n,). Cost and memory do not depend on `samples`."""
-        if positions.size == 0:
-            return positions.astype(np.int64), positions.astype(np.int64)
-        epochs = positions // self.samples
-        indices = positions - epochs * self.samples
+    def sample_ids(self, ordinals: IntegerArray) -> tuple[IntegerArray, IntegerArray]:
+        """Epochs and sample ids, both int64 (n,), of ordinals (n,). Cost and memory do not depend on `samples`."""
+        if ordinals.size == 0:
+            return ordinals.astype(np.int64), ordinals.astype(np.int64)
+        epochs = ordinals // self.samples
+        indices = ordinals - epochs * self.samples
         if epochs.min() == epochs.max():
             keys = np.array([self._key(int(epochs[0]))], dtype=np.uint64)
         else:
@@ -102,5 +153,5 @@ class Order:
         if epoch not in self._keys:
             if len(self._keys) > 4096:  # a stream visits epochs in order: old ones are not needed again
                 self._keys.clear()
-            self._keys[epoch] = derive_key(seed=self.seed, epoch=epoch)
+            self._keys[epoch] = derive_key(seed=self._seed, epoch=epoch, stream=self._stream)
         return self._keys[epoch]

@@ -5,32 +5,67 @@ import itertools
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-PLAN_VERSION = 1
+from data.mixture import BLOCK_SAMPLES, MIXTURE_VERSION, Mixture
+from data.order import GLOBAL_ORDER
+from data.windows import WINDOWED_ORDER
+
+PLAN_VERSION = 2
 
 
-class Segment(BaseModel):
-    """What holds from `start_position` (samples consumed) on, until the next segment starts.
-
-    One stream so far: `fingerprints` and `weights` have one entry. `sequence_tokens` is None for images.
-    """
-
+class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    start_position: int = Field(ge=0)
-    fingerprints: tuple[str, ...] = Field(min_length=1)
-    weights: tuple[int, ...] = (1,)
-    order: str
+
+class StreamPart(_Part):
+    """One stream of a segment: a dataset, its order, and its share of the positions.
+
+    `name` is empty where a recipe has one stream without a name; `quota` counts positions of a block of 4,096.
+    `lanes` and `window_shards` belong to the windowed order. `sequence_tokens` is None for images, `packing` says how
+    documents became samples where that is not by concatenation.
+    """
+
+    name: str = ""
+    fingerprint: str
+    quota: int = Field(BLOCK_SAMPLES, ge=1, le=BLOCK_SAMPLES)
+    order: str = GLOBAL_ORDER
+    lanes: int | None = Field(None, ge=1)
+    window_shards: int | None = Field(None, ge=1)
     sequence_tokens: int | None = Field(ge=1)
+    packing: str | None = None
+
+    @model_validator(mode="after")
+    def _windows_belong_to_their_order(self) -> "StreamPart":
+        windowed = self.order == WINDOWED_ORDER
+        if windowed != (self.lanes is not None) or windowed != (self.window_shards is not None):
+            raise ValueError(f"order {self.order!r} with lanes {self.lanes} and window_shards {self.window_shards}")
+        return self
+
+    def continues(self, other: "StreamPart") -> bool:
+        """Whether this is the same stream further on: only its share may differ."""
+        return self.model_copy(update={"quota": 1}) == other.model_copy(update={"quota": 1})
+
+
+class Segment(_Part):
+    """What holds from `start_position` (samples consumed) on, until the next segment starts."""
+
+    start_position: int = Field(ge=0)
+    streams: tuple[StreamPart, ...] = Field(min_length=1)
+    mixture: Literal["blocks-1"] = MIXTURE_VERSION
     seed: int
     global_samples: int = Field(ge=1)
 
     @model_validator(mode="after")
-    def _a_weight_for_each_stream(self) -> "Segment":
-        if len(self.weights) != len(self.fingerprints) or any(weight < 1 for weight in self.weights):
-            raise ValueError(f"weights {self.weights} do not give {len(self.fingerprints)} streams a weight each")
+    def _streams_share_a_block(self) -> "Segment":
+        if len({stream.name for stream in self.streams}) != len(self.streams):
+            raise ValueError("two streams have one name")
+        quotas = [stream.quota for stream in self.streams]
+        if sum(quotas) != BLOCK_SAMPLES:
+            raise ValueError(f"the streams' quotas {quotas} do not sum to {BLOCK_SAMPLES}")
         return self
 
     def reads_as(self, other: "Segment") -> bool:
@@ -39,10 +74,8 @@ class Segment(BaseModel):
         return self.model_copy(update=changes) == other.model_copy(update=changes)
 
 
-class Plan(BaseModel):
+class Plan(_Part):
     """Segments by rising `start_position`, the first at 0. The sample at a position is a function of the plan alone."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     version: int = PLAN_VERSION
     segments: tuple[Segment, ...] = Field(min_length=1)
@@ -54,6 +87,10 @@ class Plan(BaseModel):
         starts = [segment.start_position for segment in self.segments]
         if starts[0] != 0 or any(later <= earlier for earlier, later in itertools.pairwise(starts)):
             raise ValueError(f"segments start at {starts}; they must start at 0 and rise")
+        if len({segment.seed for segment in self.segments}) != 1:
+            raise ValueError(
+                "segments have different seeds; a stream that goes on would begin another order in mid-epoch"
+            )
         return self
 
     @classmethod
@@ -68,29 +105,65 @@ class Plan(BaseModel):
             raise ValueError(f"a segment at position {segment.start_position} cannot follow one at {last}")
         return Plan(segments=(*self.segments, segment))
 
+    def index_at(self, position: int) -> int:
+        """The number of the segment that a position belongs to."""
+        if position < 0:
+            raise ValueError(f"position {position} is before the start of the run")
+        return bisect_right(self._starts, position) - 1
+
     def segment_at(self, position: int) -> Segment:
-        """The segment that position belongs to."""
-        return self.segments[self._index(position)]
+        """The segment that a position belongs to."""
+        return self.segments[self.index_at(position)]
 
     def segment_end(self, position: int) -> int | None:
         """The position at which the segment of `position` ends; None for the last one."""
-        following = self._index(position) + 1
-        return self.segments[following].start_position if following < len(self.segments) else None
+        following = self.index_at(position) + 1
+        return self._starts[following] if following < len(self.segments) else None
 
     def order_origin(self, position: int) -> int:
-        """The position at which the order that holds at `position` counts zero.
+        """The position from which the mixture that holds at `position` counts its blocks.
 
-        A segment that changes only the size of a step continues the epoch; one with other data starts its own.
+        A segment that changes only the size of a step goes on in the block before it.
         """
-        index = self._index(position)
+        index = self.index_at(position)
         while index > 0 and self.segments[index - 1].reads_as(self.segments[index]):
             index -= 1
-        return self.segments[index].start_position
+        return self._starts[index]
 
-    def _index(self, position: int) -> int:
-        if position < 0:
-            raise ValueError(f"position {position} is before the start of the run")
-        return bisect_right([segment.start_position for segment in self.segments], position) - 1
+    @cached_property
+    def streams(self) -> tuple[StreamPart, ...]:
+        """Every stream of the plan once, by its first appearance: a stream's place here is its number."""
+        distinct: list[StreamPart] = []
+        for stream in itertools.chain.from_iterable(segment.streams for segment in self.segments):
+            if not any(stream.continues(known) for known in distinct):
+                distinct.append(stream)
+        return tuple(distinct)
+
+    def number_of(self, stream: StreamPart) -> int:
+        """A stream's number in `streams`."""
+        return next(number for number, known in enumerate(self.streams) if stream.continues(known))
+
+    def consumed(self, position: int) -> list[int]:
+        """How many samples of each of `streams` lie before a position: also the next ordinal of each."""
+        counts = [0] * len(self.streams)
+        for index, segment in enumerate(self.segments):
+            start = segment.start_position
+            if start >= position:
+                break
+            end = min(position, self._starts[index + 1] if index + 1 < len(self.segments) else position)
+            if len(segment.streams) == 1:
+                counts[self.number_of(segment.streams[0])] += end - start
+                continue
+            origin = self.order_origin(start)
+            mixture = Mixture([stream.quota for stream in segment.streams], segment.seed, origin)
+            share = mixture.counts(end - origin) - mixture.counts(start - origin)
+            for stream, count in zip(segment.streams, share.tolist(), strict=True):
+                counts[self.number_of(stream)] += count
+        return counts
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [segment.start_position for segment in self.segments]
 
     @property
     def hash(self) -> str:

@@ -46,12 +46,21 @@ class Dataset(Protocol):
     @property
     def sample_bytes(self) -> int: ...
     @property
+    def mixes(self) -> bool:
+        """Whether samples are mixed in pairs, by `mix`."""
+        ...
+
+    @property
     def shard_samples(self) -> SampleIds:
         """Samples of each shard, in stored order; ids count through them."""
         ...
 
     def gather(self, sample_ids: SampleIds, choices: Choices | None = None) -> tuple[Fields, Hashes]:
         """The fields of samples (n,) and the hash (n,) of each one's stored content; without `choices` as evaluated."""
+        ...
+
+    def mix(self, fields: Fields, partners: npt.NDArray[np.int64], words: Hashes) -> Fields:
+        """Mix each of the first n rows of `fields` with the row that `partners` (n,) names, by random words (n,)."""
         ...
 
 

@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 
 from data.digest import fold_samples, mix_samples
-from data.order import ORDER_VERSION
 from data.plan import Plan
-from data.samples import Dataset
-from data.steps import Share, StepBlock, Steps
+from data.reading import Reader
+from data.samples import Dataset, Fields, Hashes
+from data.steps import Samples, Share, StepBlock, Steps
 
 CountItems = Callable[[Mapping[str, torch.Tensor]], int]
 ReduceItems = Callable[[list[int]], list[int]]
@@ -23,19 +23,27 @@ ReduceItems = Callable[[list[int]], list[int]]
 # A chunk is what the thread makes at once: enough small steps that their cost is NumPy's and not Python's.
 CHUNK_BYTES = 2 * 1024 * 1024
 CHUNK_STEPS = 64
+# In the digest a sample's id stands beside the number of its stream: no stream has 2^48 samples.
+STREAM_SHIFT = 48
 # The order is computed for at least so many samples at once, which makes it five times as cheap.
 ORDER_SAMPLES = 8192
 
 
-# Both are named tuples, which are made three times as fast as frozen dataclasses: there may be thousands a second.
+# These are named tuples, which are made three times as fast as frozen dataclasses: there may be thousands a second.
 class MicroBatch(NamedTuple):
-    """What one forward pass takes. `fold` sums over micro-batches and ranks; a filler has weight 0.0 and fold 0."""
+    """What one forward pass takes. `fold` sums over micro-batches and ranks; a filler has weight 0.0 and fold 0.
+
+    Where a plan has several streams, `streams` (n,) int64 are the numbers, below `stream_count`, of those that the
+    samples belong to.
+    """
 
     tensors: dict[str, torch.Tensor]
     positions: npt.NDArray[np.int64]
     sample_ids: npt.NDArray[np.int64]
     fold: int
     weight: float
+    streams: torch.Tensor | None = None
+    stream_count: int = 1
 
     @property
     def first_position(self) -> int:
@@ -46,28 +54,40 @@ class MicroBatch(NamedTuple):
         return len(self.positions)
 
 
+class StreamShare(NamedTuple):
+    """What a stream gave to a global step, over all ranks: samples and items, and the epochs it had given after it."""
+
+    name: str
+    number: int
+    samples: int
+    items: int
+    epochs: float
+
+
 class GlobalStep(NamedTuple):
     """One global step as one rank sees it: `samples` and `items` are of all ranks, `micro_batches` its own, and `fold`
-    is the wrapping sum of their folds, which fits an int64 tensor."""
+    is the wrapping sum of their folds, which fits an int64 tensor. `streams` is empty where a plan has only one."""
 
     first_position: int
     samples: int
     items: int
     micro_batches: tuple[MicroBatch, ...]
     fold: int
+    streams: tuple[StreamShare, ...] = ()
 
 
 class Stream:
     """Global steps from `position` (samples consumed) up to `stop_position`; only the very last may be smaller.
 
-    `count_items` counts the items of a batch of this rank; `reduce_items` sums a list of counts over all ranks. It is
-    called in the prefetch thread, so it needs a process group of its own, and on every rank equally often as long
-    as the ranks consume the same number of steps before `close`. None: this is the only rank.
+    `datasets` holds one for each stream's name, which is empty where a plan has only one. `count_items` counts the items
+    of a batch of this rank; `reduce_items` sums a list of counts over all ranks. It is called in the prefetch thread, so
+    it needs a process group of its own, and on every rank equally often as long as the ranks consume the same number of
+    steps before `close`. None: this is the only rank.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        datasets: Mapping[str, Dataset],
         plan: Plan,
         *,
         rank: int,
@@ -82,19 +102,21 @@ class Stream:
     ) -> None:
         assert 0 <= rank < world_size
         assert world_size == 1 or reduce_items is not None, "items must be summed over the ranks"
-        self._dataset, self._plan = dataset, plan
+        self._plan = plan
         self._world_size, self._micro_samples = world_size, micro_samples
         self._position, self._stop_position = position, stop_position
         self._count_items, self._reduce_items = count_items, reduce_items
         self._prefetch_steps, self._pin_memory = prefetch_steps, pin_memory
-        self._check_plan()
+        self._check_micro_samples()
+        self._reader = Reader(datasets, plan, position, stop_position)
         self._steps = Steps(
             plan,
-            dataset.samples,
+            self._reader.shard_samples,
             rank=rank,
             world_size=world_size,
             micro_samples=micro_samples,
             stop_position=stop_position,
+            pairs=self._reader.mixes,
         )
         # First in, first out: permits to make one more chunk (True), then at most one request to end (False). Ranks
         # that stop at the same step have given the same permits, so their threads make the same calls of reduce_items.
@@ -129,23 +151,9 @@ class Stream:
             # If another rank has died, the thread may wait in reduce_items for ever; it is a daemon for that case.
             self._thread.join(timeout=10.0)
 
-    def _check_plan(self) -> None:
+    def _check_micro_samples(self) -> None:
         later = [s for s in self._plan.segments if self._position < s.start_position < self._stop_position]
-        segments = [self._plan.segment_at(self._position), *later]
-        sequence_tokens = self._dataset.facts.sequence_tokens
-        for segment in segments:
-            if segment.fingerprints != (self._dataset.fingerprint,):
-                raise ValueError(
-                    f"plan: from position {segment.start_position} on it reads dataset "
-                    f"{segment.fingerprints[0][:12]}, but {self._dataset.address} is "
-                    f"{self._dataset.fingerprint[:12]}; use the dataset the run began with"
-                )
-            if segment.sequence_tokens != sequence_tokens or segment.order != ORDER_VERSION:
-                raise ValueError(
-                    f"plan: from position {segment.start_position} on it has sequence_tokens "
-                    f"{segment.sequence_tokens} and order {segment.order!r}; this stream has "
-                    f"{sequence_tokens} and {ORDER_VERSION!r}"
-                )
+        for segment in (self._plan.segment_at(self._position), *later):
             if self._micro_samples > segment.global_samples:
                 raise ValueError(
                     f"batch.micro_samples {self._micro_samples} is larger than batch.global_samples "
@@ -158,7 +166,7 @@ class Stream:
 
     def _chunk_steps(self) -> int:
         """Steps of a full chunk: the same number on every rank, because it is also how reduce_items is batched."""
-        return max(1, min(CHUNK_STEPS, CHUNK_BYTES // (self._part_samples() * self._dataset.sample_bytes)))
+        return max(1, min(CHUNK_STEPS, CHUNK_BYTES // (self._part_samples() * self._reader.sample_bytes)))
 
     def _depth_chunks(self) -> int:
         return math.ceil(self._prefetch_steps / self._chunk_steps())
@@ -187,21 +195,27 @@ class Stream:
             position = block.firsts[-1] + block.step_samples[-1]
 
     def _make_chunk(self, block: StepBlock, start: int, stop: int) -> list[GlobalStep]:
-        rows = slice(block.rows[start], block.rows[stop])
-        positions, ids, shares = block.positions[rows], block.ids[rows], block.shares[start:stop]
-        fields, hashes = self._dataset.gather(ids)
+        samples, shares = block.samples.part(block.rows[start], block.rows[stop]), block.shares[start:stop]
+        fields, hashes = self._reader.read(block, start, stop)
         tensors = {name: torch.from_numpy(field) for name, field in fields.items()}
         if self._pin_memory:
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        parts, folds = _cut(shares, tensors, positions, ids, mix_samples(positions, ids, hashes))
-        items, row = [], 0
-        for part, share in zip(parts, shares, strict=True):
-            items.append(self._count(part, share, row, tensors))
-            row += len(share.offsets)
-        if self._reduce_items is not None:
-            items = self._reduce_items(items)
+        several = len(self._plan.streams)
+        parts, folds = _cut(shares, tensors, samples, hashes, several)
         firsts, step_samples = block.firsts[start:stop], block.step_samples[start:stop]
-        return list(map(GlobalStep, firsts, step_samples, items, parts, folds))
+        if several > 1:
+            items = self._reduce(self._count_by_stream(samples, shares, fields))
+            given = self._streams_given(block, start, stop, items)
+            totals = [sum(items[at : at + several]) for at in range(0, len(items), several)]
+            return list(map(GlobalStep, firsts, step_samples, totals, parts, folds, given))
+        counts, row = [], 0
+        for part, share in zip(parts, shares, strict=True):
+            counts.append(self._count(part, share, row, tensors))
+            row += len(share.offsets)
+        return list(map(GlobalStep, firsts, step_samples, self._reduce(counts), parts, folds))
+
+    def _reduce(self, counts: list[int]) -> list[int]:
+        return counts if self._reduce_items is None else self._reduce_items(counts)
 
     def _count(self, part: tuple[MicroBatch, ...], share: Share, row: int, tensors: dict[str, torch.Tensor]) -> int:
         """Items of this rank's own samples of a step, which begin at `row` of the tensors."""
@@ -211,19 +225,50 @@ class Stream:
             return self._count_items(part[0].tensors)
         return self._count_items({name: tensor[row : row + share.own_samples] for name, tensor in tensors.items()})
 
+    def _count_by_stream(self, samples: Samples, shares: list[Share], fields: Fields) -> list[int]:
+        """Items of this rank's own samples of each step and each of the plan's streams, step after step."""
+        counts, row = [], 0
+        for share in shares:
+            streams = samples.streams[row : row + share.own_samples]
+            for stream in range(len(self._plan.streams)):
+                chosen = row + np.flatnonzero(streams == stream)
+                batch = {name: torch.from_numpy(field[chosen]) for name, field in fields.items()}
+                counts.append(self._count_items(batch) if chosen.size else 0)
+            row += len(share.offsets)
+        return counts
+
+    def _streams_given(
+        self, block: StepBlock, start: int, stop: int, items: list[int]
+    ) -> Iterator[tuple[StreamShare, ...]]:
+        """What the streams gave to each of the steps [start, stop): those of the segment, in its order."""
+        segment = self._plan.segment_at(block.firsts[start])
+        numbers = [(stream.name, self._plan.number_of(stream)) for stream in segment.streams]
+        consumed = np.array(self._plan.consumed(block.firsts[start]), dtype=np.int64)
+        for step in range(start, stop):
+            samples = block.stream_samples[step]
+            consumed = consumed + samples
+            at = (step - start) * len(self._plan.streams)
+            yield tuple(
+                StreamShare(
+                    name,
+                    number,
+                    int(samples[number]),
+                    items[at + number],
+                    int(consumed[number]) / self._reader.samples_of(number),
+                )
+                for name, number in numbers
+            )
+
 
 def _cut(
-    shares: list[Share],
-    tensors: dict[str, torch.Tensor],
-    positions: npt.NDArray[np.int64],
-    ids: npt.NDArray[np.int64],
-    words: npt.NDArray[np.uint64],
+    shares: list[Share], tensors: dict[str, torch.Tensor], samples: Samples, hashes: Hashes, stream_count: int
 ) -> tuple[list[tuple[MicroBatch, ...]], list[int]]:
     """The micro-batches of consecutive steps, as views of the chunk's tensors, and the steps' folds."""
     sizes = [size for share in shares for size in share.sizes]
     weights = [weight for share in shares for weight in share.weights]
     stops = np.cumsum(sizes).tolist()
     starts = [0, *stops[:-1]]
+    words = mix_samples(samples.positions, samples.ids + (samples.streams << STREAM_SHIFT), hashes)
     folds = np.add.reduceat(words, starts).view(np.int64)  # sums that wrap
     folds *= np.array(weights, dtype=np.bool_)
     fields: list[dict[str, torch.Tensor]] = [{} for _ in sizes]
@@ -231,8 +276,13 @@ def _cut(
         for batch, view in zip(fields, tensor.split(sizes), strict=True):
             batch[name] = view
     cuts = list(map(slice, starts, stops))
-    places = map(positions.__getitem__, cuts), map(ids.__getitem__, cuts)
-    batches = map(MicroBatch, fields, *places, folds.tolist(), weights)
+    places = map(samples.positions.__getitem__, cuts), map(samples.ids.__getitem__, cuts)
+    if stream_count == 1:
+        batches = map(MicroBatch, fields, *places, folds.tolist(), weights)
+    else:
+        streams = torch.from_numpy(samples.streams).split(sizes)
+        counts = itertools.repeat(stream_count)
+        batches = map(MicroBatch, fields, *places, folds.tolist(), weights, streams, counts)
     first_batches = np.cumsum([0, *[len(share.sizes) for share in shares[:-1]]])
     parts = [tuple(itertools.islice(batches, len(share.sizes))) for share in shares]
     return parts, np.add.reduceat(folds, first_batches).tolist()

@@ -34,6 +34,7 @@ class TokenDataset:
         self._ends = np.cumsum(counts, dtype=np.int64)
         self.shard_samples = np.diff(self._ends, prepend=0)
         self.samples = int(self._ends[-1])
+        self.mixes = False
         if self.samples == 0:
             longest = max(entry.tokens or 0 for entry in self._entries)
             raise ValueError(
@@ -72,6 +73,9 @@ class TokenDataset:
                 slots = by_shard[at : min(at + piece_samples, stop)]
                 yield shard, slots, sample_ids[slots] - first_id
             start = stop
+
+    def mix(self, fields: Fields, partners: npt.NDArray[np.int64], words: Hashes) -> Fields:
+        raise AssertionError("samples are not mixed")
 
     def _shard(self, number: int) -> TokenShard:
         shard = self._shards[number]

@@ -21,6 +21,11 @@ class LossSum(Protocol):
         """Scalar: the sum of the micro-batch's losses, with gradient."""
         ...
 
+    @property
+    def per_sample(self) -> torch.Tensor:
+        """(n,), detached: the sum of each sample's losses. Needed where the samples are of several streams."""
+        ...
+
 
 class MicroBatch(Protocol):
     """What one forward pass takes."""
@@ -33,6 +38,14 @@ class MicroBatch(Protocol):
     def weight(self) -> float:
         """1.0, or 0.0 for a filler that only keeps this rank's collectives matched with the others'."""
         ...
+
+    @property
+    def streams(self) -> torch.Tensor | None:
+        """(n,) int64: the number, below `stream_count`, of each sample's stream; None where there is only one."""
+        ...
+
+    @property
+    def stream_count(self) -> int: ...
 
 
 LossFunction = Callable[[nn.Module, Mapping[str, torch.Tensor]], LossSum]
@@ -64,6 +77,8 @@ class StepResult:
     skipped: torch.Tensor
     """Scalar float32: 1.0 where the gradient was not finite and weights and optimizer stayed as they were."""
     learning_rate: float
+    stream_loss_sums: torch.Tensor | None = None
+    """(streams,) float64: the part of `loss_sum` that belongs to each stream; None where there is only one."""
 
 
 @dataclass

@@ -44,6 +44,7 @@ class EngineBase(ABC):
         self._autocast_dtype = _AUTOCAST_DTYPES[setup.parallel.precision]
         self._scaler = LossScaler(setup.world.device) if setup.parallel.precision == "fp16" else None
         self.steps_done = 0
+        self._stream_losses: list[torch.Tensor] = []
         if setup.world.device.type == "cuda":
             # PyTorch would convolve in TF32, which rounds to 10 bits, without being asked.
             torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
@@ -59,6 +60,7 @@ class EngineBase(ABC):
     def step(self, micro_batches: Sequence[MicroBatch], items: int) -> StepResult:
         # The sum of losses over the global batch, divided by its items (law 2). Whatever sums the gradients divides them by
         # the number of ranks: multiply by it first.
+        self._stream_losses = []
         losses = self._accumulate(micro_batches, scale=self.world.data_size / items)
         lr = learning_rate(self._schedule, self._peak_lr, self.steps_done, self._steps)
         set_learning_rate(self._optimizer, lr)
@@ -66,7 +68,8 @@ class EngineBase(ABC):
         if self._scaler is not None:
             self._scaler.update(skipped)
         self.steps_done += 1
-        return StepResult(torch.stack(losses).sum(dtype=torch.float64), norm, skipped, lr)
+        by_stream = torch.stack(self._stream_losses).sum(dim=0) if self._stream_losses else None
+        return StepResult(torch.stack(losses).sum(dtype=torch.float64), norm, skipped, lr, by_stream)
 
     def _accumulate(self, micro_batches: Sequence[MicroBatch], scale: float) -> list[torch.Tensor]:
         """Adds up the gradients of the micro-batches, times `scale` and the loss scale, over all ranks; returns this rank's
@@ -143,10 +146,20 @@ class EngineBase(ABC):
         if not micro_batch.weight:
             self._module.eval()  # a filler leaves no trace, in running statistics neither
         with self._autocast():
-            total = self._loss(self._forward_module, self._to_device(micro_batch)).total
+            loss = self._loss(self._forward_module, self._to_device(micro_batch))
+        if micro_batch.streams is not None:
+            self._stream_losses.append(self._by_stream(loss.per_sample, micro_batch))
         if not micro_batch.weight:
             self._module.train()
-        return total
+        return loss.total
+
+    def _by_stream(self, per_sample: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+        """(streams,) float64: the sums of the losses (n,) of each stream's samples; a filler's are zero."""
+        assert micro_batch.streams is not None
+        sums = torch.zeros(micro_batch.stream_count, dtype=torch.float64, device=per_sample.device)
+        if not micro_batch.weight:
+            return sums
+        return sums.index_add_(0, micro_batch.streams.to(per_sample.device, non_blocking=True), per_sample.double())
 
     @contextlib.contextmanager
     def _restoring_buffers(self) -> Iterator[None]:

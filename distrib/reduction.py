@@ -30,6 +30,8 @@ class StepReport:
     gradient_norm: float
     skipped: bool
     learning_rate: float
+    stream_loss_sums: tuple[float, ...]
+    """The part of `loss_sum` that belongs to each stream; empty where there is only one."""
 
 
 class PendingReport:
@@ -55,7 +57,8 @@ class PendingReport:
             self._work.wait()
         if self._copied is not None:
             self._copied.synchronize()
-        loss_sum, norm, skipped, stop, data_wait, *limbs = self._vector.tolist()
+        loss_sum, norm, skipped, stop, data_wait, *rest = self._vector.tolist()
+        limbs, stream_loss_sums = rest[:_LIMBS], rest[_LIMBS:]
         return StepReport(
             loss_sum=loss_sum,
             fold=sum(int(limb) << (_LIMB_BITS * i) for i, limb in enumerate(limbs)) & (2**64 - 1),
@@ -64,6 +67,7 @@ class PendingReport:
             gradient_norm=norm,
             skipped=skipped > 0,
             learning_rate=self._learning_rate,
+            stream_loss_sums=tuple(stream_loss_sums),
         )
 
 
@@ -84,7 +88,10 @@ def report_step(
         agreed = torch.zeros_like(agreed)
     # non_blocking: without it the host would wait for the whole step before this copy.
     told = torch.tensor(host, dtype=torch.float64).to(device, non_blocking=True)
-    vector = torch.cat([result.loss_sum.reshape(1), agreed, told])
+    parts = [result.loss_sum.reshape(1), agreed, told]
+    if result.stream_loss_sums is not None:
+        parts.append(result.stream_loss_sums)
+    vector = torch.cat(parts)
     work = None
     if world.size > 1:
         work = dist.all_reduce(vector, group=world.data_group, async_op=True)

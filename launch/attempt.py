@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from data.plan import Plan
-from data.steps import sample_ids_of_step
-from data.stream import evaluation_batches
+from data.steps import samples_of_step
 from distrib.engine import Engine
 from distrib.saving import SaveOutcome, Saver
 from distrib.world import World
 from launch.config import RunConfig
 from launch.console import Progress
 from launch.ending import Ending
+from launch.evaluation import evaluate_streams
 from launch.exit_codes import DO_NOT_RESTART, RunEnded
 from launch.ledger import Ledger
 from launch.materials import Materials
@@ -93,27 +93,31 @@ class Attempt:
         limit, ledger = self.config.run.max_skipped_in_a_row, self.ledger
         if limit is None or ledger.skipped_in_a_row < limit:
             return
-        ids = sample_ids_of_step(self.plan, self.materials.training.samples, ledger.position)
-        log.error("step %d read the samples %s", ledger.step, ids)
+        training = self.materials.training
+        shards = [training[s.name].shard_samples if s.name in training else None for s in self.plan.streams]
+        samples = samples_of_step(self.plan, shards, ledger.position)
+        ids = [f"{stream}:{sample}" if stream else str(sample) for stream, sample in samples]
+        log.error("step %d read the samples %s", ledger.step, ", ".join(ids))
         more = f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
         raise RunEnded(
             f"step {ledger.step}: the gradient was not finite in {limit} steps in a row (run.max_skipped_in_a_row); "
             f"weights are those of step {ledger.step - limit}; the samples of step {ledger.step} are "
-            f"{', '.join(map(str, ids[:_SHOWN_IDS]))}{more}; lower optimizer.lr, or look at these samples",
+            f"{', '.join(ids[:_SHOWN_IDS])}{more}; lower optimizer.lr, or look at these samples",
             DO_NOT_RESTART,
             told_by_all=True,
         )
 
     def evaluate(self) -> None:
         """Evaluates on the validation split, on all ranks, and records the metrics."""
-        batches = evaluation_batches(
+        task = self.materials.task
+        metrics = evaluate_streams(
             self.materials.validation,
-            rank=self.world.data_rank,
-            world_size=self.world.data_size,
+            task,
+            lambda batches: self.engine.evaluate(task.evaluate, batches),
+            world=self.world,
             micro_samples=self.config.batch.micro_samples,
             samples=self.config.evaluation.samples,
         )
-        metrics = self.materials.task.summarise(self.engine.evaluate(self.materials.task.evaluate, batches))
         self.evaluated_step = self.ledger.step
         self.first_evaluation = self.first_evaluation or metrics
         self.last_evaluation = metrics

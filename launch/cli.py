@@ -62,7 +62,11 @@ def _make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run_directory", type=Path, metavar="RUN")
     evaluate.add_argument("--checkpoint", type=Path, metavar="PATH", help="this checkpoint instead")
     evaluate.add_argument(
-        "--dataset", type=Path, metavar="DIR", help="where the run's dataset lies now, if it was moved"
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="[STREAM=]DIR",
+        help="where the run's dataset lies now, if it was moved; of a mixture, once for each stream that was",
     )
     evaluate.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     evaluate.set_defaults(run=_evaluate)
@@ -76,7 +80,11 @@ def _make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--checkpoint", type=Path, metavar="PATH", help="this checkpoint instead")
     generate.add_argument(
-        "--dataset", type=Path, metavar="DIR", help="where the run's dataset lies now, if it was moved"
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="[STREAM=]DIR",
+        help="where the run's dataset lies now, if it was moved; of a mixture, once for each stream that was",
     )
     generate.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     generate.set_defaults(run=_generate)
@@ -137,11 +145,11 @@ def _train(arguments: argparse.Namespace) -> int:
     if workers < 1:
         raise ValueError(f"--workers {workers}: must be at least 1")
     count_shards(config.parallel, workers)
-    from launch.preparing import prepare_and_tell  # takes NumPy and Arrow along: a bad recipe must not wait for them
+    from launch.preparing import prepare_streams  # takes NumPy and Arrow along: a bad recipe must not wait for them
 
     # Until there are workers to ask, a request to stop is answered as Ctrl-C is: preparing leaves nothing half-done.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    prepare_and_tell(config.data)
+    prepare_streams(config.data)
     return supervise(training_command_line(arguments), workers)
 
 

@@ -87,6 +87,7 @@ def train(
                 "skipped": report.skipped,
                 "digest": ledger.digest,
                 **flight.cost,
+                **_by_stream(flight.batch, report.stream_loss_sums),
             }
         )
 
@@ -123,3 +124,19 @@ def train(
         commit_oldest()
     if ledger.step > first_step and not intervals.save_due(ledger.step):
         hooks.save()
+
+
+def _by_stream(batch: GlobalStep, loss_sums: tuple[float, ...]) -> dict[str, Any]:
+    """What a mixture's streams gave to a step: share of its samples, epochs given so far, mean loss of its items."""
+    if not batch.streams:
+        return {}
+    return {
+        "streams": {
+            stream.name: {
+                "share": stream.samples / batch.samples,
+                "epoch": stream.epochs,
+                "loss": loss_sums[stream.number] / stream.items if stream.items else None,
+            }
+            for stream in batch.streams
+        }
+    }

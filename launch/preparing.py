@@ -8,6 +8,12 @@ from pathlib import Path
 
 from data.config import DataConfig
 from data.prepare import prepare, prepared_directory
+from data.store import LocalStore, Store
+
+
+def prepare_streams(config: DataConfig) -> dict[str, Store]:
+    """`prepare_and_tell` for every stream of a recipe; where each one's dataset lies, by the stream's name."""
+    return {name: LocalStore(prepare_and_tell(stream)) for name, stream in config.by_stream().items()}
 
 
 def prepare_and_tell(config: DataConfig) -> Path:

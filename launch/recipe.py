@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -204,9 +204,12 @@ def _same_key_elsewhere(key: str) -> list[str]:
 def _keys_at(section_class: type[BaseModel], location: list[str]) -> list[str]:
     """The valid keys of the section, or of a section within it."""
     keys = section_class.model_fields
-    for part in location:
+    parts = iter(location)
+    for part in parts:
         annotation = keys[part].annotation if part in keys else None
         candidates = [annotation, *getattr(annotation, "__args__", ())]
+        if get_origin(annotation) is dict:
+            next(parts, None)  # a name that the user chose
         inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
         if not inner:
             return []

@@ -11,24 +11,27 @@ from launch.config import RunConfig
 
 Verdict = Literal["harmless", "needs --allow-change", "impossible"]
 
-# Dotted keys, or whole sections by their name and a full stop; a key's own rule comes before its section's.
+# Dotted keys, or whole sections by their name and a full stop; a key's own rule comes before its section's. The name of a
+# stream is written as an asterisk.
 _RULES: dict[Verdict, tuple[str, ...]] = {
     # What the run computes stays the same, or differs by rounding; data.source is held to the dataset's fingerprint.
     "harmless": (
         "run.name", "run.directory", "run.device", "run.max_skipped_in_a_row", "data.directory",
-        "data.prefetch_steps", "data.source", "batch.micro_samples", "parallel.engine", "parallel.zero_stage",
-        "parallel.replicas", "parallel.offload", "parallel.activation_checkpointing", "parallel.compile",
-        "parallel.deepspeed_config", "parallel.timeout_seconds", "checkpoint.", "evaluation.", "tracking.",
+        "data.prefetch_steps", "data.source", "data.streams.*.source", "data.streams.*.directory",
+        "batch.micro_samples", "parallel.engine", "parallel.zero_stage", "parallel.replicas", "parallel.offload",
+        "parallel.activation_checkpointing", "parallel.compile", "parallel.deepspeed_config",
+        "parallel.timeout_seconds", "checkpoint.", "evaluation.", "tracking.",
     ),
     # The curve differs from here on, which may be what is wanted.
     "needs --allow-change": (
         "run.steps", "run.deterministic", "batch.global_samples", "optimizer.", "schedule.", "parallel.precision",
-        "task.label_smoothing", "model.dropout",
+        "task.label_smoothing", "model.dropout", "data.max_epochs", "data.streams.",
     ),
     # It would not be the same run: other samples, another function, or state that fits no more.
     "impossible": (
         "run.seed", "model.", "task.", "data.tokenizer", "data.validation_fraction", "data.sequence_tokens",
-        "data.image_size_pixels", "data.image_channels", "data.shard_bytes", "optimizer.kind",
+        "data.image_size_pixels", "data.image_channels", "data.shard_bytes", "data.order", "data.lanes",
+        "data.window_shards", "optimizer.kind",
     ),
 }  # fmt: skip
 _VERDICTS: dict[str, Verdict] = {rule: verdict for verdict, rules in _RULES.items() for rule in rules}
@@ -37,6 +40,8 @@ _VERDICTS: dict[str, Verdict] = {rule: verdict for verdict, rules in _RULES.item
 def rule_of(key: str) -> str | None:
     """The rule that judges a dotted key; None for a key that nobody has thought of."""
     parts = key.split(".")
+    if parts[:2] == ["data", "streams"]:
+        parts[2:3] = ["*"]
     prefixes = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
     candidates = [rule for prefix in prefixes for rule in (prefix, f"{prefix}.")]
     return next((rule for rule in candidates if rule in _VERDICTS), None)

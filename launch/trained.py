@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data.plan import Plan
-from data.store import LocalStore
-from data.stream import evaluation_batches
+from data.store import LocalStore, Store
+from data.stream import MicroBatch
 from distrib.checkpoint import Checkpoint, load_tensors, open_checkpoint, read_newest_good
 from distrib.initialisation import make_initialised_model
 from distrib.manifest import BadCheckpoint, corrupt_checkpoints
@@ -21,6 +22,7 @@ from distrib.model_state import model_tensors
 from distrib.world import World, single_process_world
 from launch.attempt import format_metrics
 from launch.config import RunConfig
+from launch.evaluation import Sums, evaluate_streams
 from launch.materials import Materials, open_materials
 from launch.recipe import parse_recipe, parse_yaml
 from models.generation import generate
@@ -37,9 +39,9 @@ class TrainedModel:
     world: World
 
 
-def load_trained(run_directory: Path, checkpoint: Path | None, dataset: Path | None, device: str) -> TrainedModel:
+def load_trained(run_directory: Path, checkpoint: Path | None, datasets: Sequence[str], device: str) -> TrainedModel:
     """The model of a run: its newest good checkpoint, or the one that is named, with the dataset that it was trained on,
-    where the run left it or at `dataset`. Raises ValueError in one line."""
+    where the run left it or where `datasets`, each DIR or STREAM=DIR, say. Raises ValueError in one line."""
     recipe = run_directory / "recipe.yaml"
     if not recipe.is_file():
         raise ValueError(
@@ -47,38 +49,48 @@ def load_trained(run_directory: Path, checkpoint: Path | None, dataset: Path | N
         )
     config = parse_recipe(parse_yaml(recipe.read_text(), f"recipe {recipe}"), source=f"recipe {recipe}")
     world = single_process_world(device)
-    materials = open_materials(config, LocalStore(_dataset_directory(run_directory, dataset)))
+    materials = open_materials(config, _dataset_stores(run_directory, datasets))
     module = make_initialised_model(materials.make_model, config.run.seed, world.device)
     found = _load_checkpoint(run_directory, checkpoint, module, world)
-    trained_on = Plan.from_json(json.dumps(found.scalars["plan"])).segments[-1].fingerprints
-    if materials.training.fingerprint not in trained_on:
-        raise ValueError(
-            f"{materials.training.address}: not the dataset that {found.path} was trained on (it is "
-            f"{materials.training.fingerprint[:12]}, that was {trained_on[0][:12]}); name that one with --dataset"
-        )
+    for stream in Plan.from_json(json.dumps(found.scalars["plan"])).segments[-1].streams:
+        dataset = materials.training.get(stream.name)
+        if dataset is not None and dataset.fingerprint != stream.fingerprint:
+            raise ValueError(
+                f"{dataset.address}: not the dataset that {found.path} was trained on (it is "
+                f"{dataset.fingerprint[:12]}, that was {stream.fingerprint[:12]}); name that one with --dataset"
+            )
     return TrainedModel(config, materials, module.eval(), found, world)
 
 
-def evaluate_run(run_directory: Path, checkpoint: Path | None, dataset: Path | None, device: str) -> str:
+def evaluate_run(run_directory: Path, checkpoint: Path | None, datasets: Sequence[str], device: str) -> str:
     """Metrics over the whole validation split, as a line."""
-    trained = load_trained(run_directory, checkpoint, dataset, device)
-    sums: dict[str, torch.Tensor] = {}
-    task, micro_samples = trained.materials.task, trained.config.batch.micro_samples
-    batches = evaluation_batches(
-        trained.materials.validation, rank=0, world_size=1, micro_samples=micro_samples, samples=None
+    trained = load_trained(run_directory, checkpoint, datasets, device)
+    task = trained.materials.task
+
+    def sum_up(batches: Iterator[MicroBatch]) -> Sums:
+        sums: Sums = {}
+        with torch.no_grad():
+            for batch in batches:
+                tensors = {name: tensor.to(trained.world.device) for name, tensor in batch.tensors.items()}
+                for name, value in task.evaluate(trained.module, tensors).items():
+                    sums[name] = sums[name] + value if name in sums else value
+        return sums
+
+    metrics = evaluate_streams(
+        trained.materials.validation,
+        task,
+        sum_up,
+        world=trained.world,
+        micro_samples=trained.config.batch.micro_samples,
+        samples=None,
     )
-    with torch.no_grad():
-        for batch in batches:
-            tensors = {name: tensor.to(trained.world.device) for name, tensor in batch.tensors.items()}
-            for name, value in task.evaluate(trained.module, tensors).items():
-                sums[name] = sums[name] + value if name in sums else value
-    return f"{trained.checkpoint.path}: {format_metrics(task.summarise(sums))}"
+    return f"{trained.checkpoint.path}: {format_metrics(metrics)}"
 
 
 def generate_from_run(
     run_directory: Path,
     checkpoint: Path | None,
-    dataset: Path | None,
+    datasets: Sequence[str],
     device: str,
     *,
     prompt: str | None,
@@ -88,7 +100,7 @@ def generate_from_run(
     seed: int,
 ) -> str:
     """The prompt and its continuation by the run's language model."""
-    trained = load_trained(run_directory, checkpoint, dataset, device)
+    trained = load_trained(run_directory, checkpoint, datasets, device)
     tokenizer, context_tokens = trained.materials.tokenizer, trained.materials.shape.sequence_tokens
     if tokenizer is None or context_tokens is None:
         raise ValueError(f"{run_directory}: its model is no language model; use `lockstep evaluate`")
@@ -105,16 +117,24 @@ def generate_from_run(
     return tokenizer.decode(tokens)
 
 
-def _dataset_directory(run_directory: Path, dataset: Path | None) -> Path:
-    """Where the dataset of a run lies. It is never prepared anew: its source may have changed since."""
+def _dataset_stores(run_directory: Path, given: Sequence[str]) -> dict[str, Store]:
+    """Where the datasets of a run lie. They are never prepared anew: their sources may have changed since."""
     identity = run_directory / "run.json"
-    recorded = json.loads(identity.read_text()).get("dataset") if identity.is_file() else None
-    directory = dataset or (Path(recorded["directory"]) if recorded else None)
-    if directory is None:
+    recorded = json.loads(identity.read_text()).get("datasets", {}) if identity.is_file() else {}
+    directories = {name: Path(entry["directory"]) for name, entry in recorded.items()}
+    for text in given:
+        name, _, directory = text.rpartition("=")
+        if recorded and name not in directories:
+            raise ValueError(
+                f"--dataset {text}: the run's streams are {', '.join(directories) or 'one without a name'}"
+            )
+        directories[name] = Path(directory)
+    if not directories:
         raise ValueError(f"{run_directory}: does not say which dataset it was trained on; name it with --dataset")
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: the dataset of {run_directory} is not there; name its place with --dataset")
-    return directory
+    for path in directories.values():
+        if not path.is_dir():
+            raise ValueError(f"{path}: the dataset of {run_directory} is not there; name its place with --dataset")
+    return {name: LocalStore(directory) for name, directory in directories.items()}
 
 
 def _load_checkpoint(run_directory: Path, checkpoint: Path | None, module: nn.Module, world: World) -> Checkpoint:

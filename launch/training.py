@@ -10,10 +10,7 @@ from typing import Any
 
 import torch
 
-from data.order import ORDER_VERSION
-from data.plan import Plan, Segment
-from data.prepare import prepare
-from data.store import LocalStore
+from data.plan import Plan
 from data.stream import Stream, evaluation_batches
 from distrib.checkpoint import Checkpoint, load_tensors, newest_good_checkpoint, open_checkpoint
 from distrib.engine import CanonicalState, EngineSetup
@@ -29,7 +26,8 @@ from launch.exit_codes import DO_NOT_RESTART, RunEnded
 from launch.ledger import Ledger
 from launch.materials import Materials, open_materials
 from launch.meter import Meter
-from launch.preparing import prepare_and_tell
+from launch.planning import check_orders, continue_plan, describe_epochs, segment_of
+from launch.preparing import prepare_streams
 from launch.recipe import dump_recipe, parse_recipe
 from launch.resume import refuse_impossible_changes
 from launch.run_directory import (
@@ -60,8 +58,8 @@ def run_attempt(
     Raises what ended the attempt early, after `outcome.json` says so.
     """
     begun = time.monotonic()
-    on_rank_zero(world, lambda: prepare_and_tell(config.data))
-    materials = together(world, lambda: open_materials(config, LocalStore(prepare(config.data))))
+    on_rank_zero(world, lambda: prepare_streams(config.data))
+    materials = together(world, lambda: open_materials(config, prepare_streams(config.data)))
     claimed = on_rank_zero(world, lambda: claim(config, resume))
     path, identity = world.broadcast_object((claimed.path, claimed.identity) if claimed else None)
     run = claimed or RunDirectory(path, identity)
@@ -70,7 +68,10 @@ def run_attempt(
     try:
         attempt = together(world, lambda: _set_up(config, world, run, materials, stop))
         _resume(attempt, resume, allow_change=allow_change)
+        data_lines = together(world, lambda: _check_plan(attempt))
         _begin(attempt)
+        for line in data_lines:
+            attempt.say(line)
         _train(attempt)
         ending = ending_of_run(attempt.ledger.step, config.run.steps, attempt.saved_step, attempt.save_failure)
     except BaseException as error:
@@ -103,18 +104,8 @@ def _set_up(config: RunConfig, world: World, run: RunDirectory, materials: Mater
             seed=config.run.seed,
         )
     )
-    return Attempt(config, world, run, materials, engine, Plan.of([_segment(config, materials)]), Ledger(), stop)
-
-
-def _segment(config: RunConfig, materials: Materials, start_position: int = 0) -> Segment:
-    return Segment(
-        start_position=start_position,
-        fingerprints=(materials.training.fingerprint,),
-        order=ORDER_VERSION,
-        sequence_tokens=materials.shape.sequence_tokens,
-        seed=config.run.seed,
-        global_samples=config.batch.global_samples,
-    )
+    plan = Plan.of([segment_of(config, materials.training)])
+    return Attempt(config, world, run, materials, engine, plan, Ledger(), stop)
 
 
 def _resume(attempt: Attempt, resume: Resume, *, allow_change: bool) -> None:
@@ -162,7 +153,9 @@ def _take_over(attempt: Attempt, checkpoint: Checkpoint, *, allow_change: bool) 
     load_tensors(checkpoint, tensors, attempt.world)
     engine.load_state(CanonicalState(tensors, engine_scalars))
     attempt.ledger = Ledger(**checkpoint.scalars["ledger"])
-    attempt.plan = _continue_plan(attempt, Plan.from_json(json.dumps(checkpoint.scalars["plan"])), checkpoint.path)
+    plan = Plan.from_json(json.dumps(checkpoint.scalars["plan"]))
+    wanted = segment_of(config, attempt.materials.training, start_position=attempt.ledger.position)
+    attempt.plan = continue_plan(plan, wanted, checkpoint.path)
     attempt.resumed_from, attempt.saved_step = checkpoint.path, attempt.ledger.step
     attempt.first_evaluation = checkpoint.scalars["first_evaluation"]
 
@@ -176,17 +169,15 @@ def _recipe_changes(config: RunConfig, checkpoint: Checkpoint, *, allow_change: 
     return refuse_impossible_changes(before, config, allow_change=allow_change)
 
 
-def _continue_plan(attempt: Attempt, plan: Plan, source: Path) -> Plan:
-    """The checkpoint's plan, with a new segment where the size of the global batch changes from here on."""
-    position = attempt.ledger.position
-    current = plan.segments[-1]
-    wanted = _segment(attempt.config, attempt.materials, start_position=position)
-    if not wanted.reads_as(current):
-        raise ValueError(
-            f"{source}: was trained on other data or in another order (dataset {current.fingerprints[0][:12]}, "
-            f"here {wanted.fingerprints[0][:12]}); use the dataset of that run, or start a new run"
-        )
-    return plan if wanted.global_samples == current.global_samples else plan.append(wanted)
+def _check_plan(attempt: Attempt) -> list[str]:
+    """What the run will read of each stream, a line each. Raises ValueError where it cannot or may not."""
+    check_orders(attempt.plan, attempt.materials.training)
+    return describe_epochs(attempt.config, attempt.plan, attempt.materials.training, _stop_position(attempt))
+
+
+def _stop_position(attempt: Attempt) -> int:
+    remaining_steps = attempt.config.run.steps - attempt.ledger.step
+    return attempt.ledger.position + remaining_steps * attempt.config.batch.global_samples
 
 
 def _begin(attempt: Attempt) -> None:
@@ -195,10 +186,9 @@ def _begin(attempt: Attempt) -> None:
     devices = world.gather_objects(_device_name(world.device))
 
     def put_on_record() -> None:
-        dataset = attempt.materials.training
-        run.identity["dataset"] = {
-            "directory": str(Path(dataset.address).resolve()),
-            "fingerprint": dataset.fingerprint,
+        run.identity["datasets"] = {
+            name: {"directory": str(Path(dataset.address).resolve()), "fingerprint": dataset.fingerprint}
+            for name, dataset in attempt.materials.training.items()
         }
         write_durably(run.path / "recipe.yaml", dump_recipe(config).encode())
         run.write_json("environment.json", describe_environment(devices, world.size))
@@ -248,7 +238,7 @@ def _train(attempt: Attempt) -> None:
         world_size=world.data_size,
         micro_samples=config.batch.micro_samples,
         position=ledger.position,
-        stop_position=ledger.position + remaining_samples,
+        stop_position=_stop_position(attempt),
         count_items=attempt.materials.task.items,
         reduce_items=world.sum_in_prefetch_thread if world.size > 1 else None,
         prefetch_steps=config.data.prefetch_steps,
@@ -279,9 +269,8 @@ def _example_micro_batch(attempt: Attempt) -> Any:
     samples = min(
         attempt.config.batch.micro_samples, -(-attempt.config.batch.global_samples // attempt.world.data_size)
     )
-    batches = evaluation_batches(
-        attempt.materials.validation, rank=0, world_size=1, micro_samples=samples, samples=None
-    )
+    validation = next(iter(attempt.materials.validation.values()))
+    batches = evaluation_batches(validation, rank=0, world_size=1, micro_samples=samples, samples=None)
     first = next(iter(batches))
     repeats = -(-samples // first.samples)
     tensors = {
@@ -307,8 +296,7 @@ def _make_meter(attempt: Attempt) -> Meter:
     )
     attempt.say(
         f"batch: {batch.global_samples} samples = {world.data_size} ranks x up to {min(batch.micro_samples, largest_part)} "
-        f"samples x {accumulation} accumulated; {materials.training.samples:,} training samples, "
-        f"{config.run.steps * batch.global_samples / materials.training.samples:.2f} epochs in {config.run.steps} steps"
+        f"samples x {accumulation} accumulated"
     )
     attempt.say(f"FLOPs count {FLOP_CONVENTION}")
     if peak is None:

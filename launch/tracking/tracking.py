@@ -80,11 +80,14 @@ class Tracking:
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a record, an evaluation's as `evaluation/<name>`; True and False as 1 and 0, to be drawn."""
+    """The numbers of a record, an evaluation's as `evaluation/<name>` and those of a mixture's stream as
+    `streams/<stream>/<name>`; True and False as 1 and 0, to be drawn."""
     if "evaluation" in record:
         record = {"step": record["step"]} | {
             f"evaluation/{name}": value for name, value in record["evaluation"].items()
         }
+    for stream, given in record.get("streams", {}).items():
+        record = record | {f"streams/{stream}/{name}": value for name, value in given.items()}
     return {
         name: int(value) if isinstance(value, bool) else value
         for name, value in record.items()

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from data.config import DataConfig
-from data.order import ORDER_VERSION
-from data.plan import Plan, Segment
+from data.plan import Plan, Segment, StreamPart
 from data.prepare import prepare
 from data.samples import Dataset
 
@@ -63,9 +62,7 @@ def segment_of(dataset: Dataset, global_samples: int, seed: int = 1, start_posit
     """A segment that reads `dataset` from `start_position` on."""
     return Segment(
         start_position=start_position,
-        fingerprints=(dataset.fingerprint,),
-        order=ORDER_VERSION,
-        sequence_tokens=dataset.facts.sequence_tokens,
+        streams=(StreamPart(fingerprint=dataset.fingerprint, sequence_tokens=dataset.facts.sequence_tokens),),
         seed=seed,
         global_samples=global_samples,
     )

@@ -92,7 +92,7 @@ def test_an_altered_block_is_named_with_its_bytes(tmp_path: Path) -> None:
     with pytest.raises(CorruptData, match=rf"train-00000.bin: block 2 \(bytes {2 * BLOCK_BYTES} to .* altered"):
         dataset.gather(np.array([2 * BLOCK_BYTES // 32 + 1]))
     stream = Stream(
-        dataset,
+        {"": dataset},
         plan_of(dataset, 64),
         rank=0,
         world_size=1,

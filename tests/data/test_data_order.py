@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from data.digest import EMPTY_DIGEST, chain, fold_samples, mix64
-from data.order import ORDER_VERSION, Order, derive_key
+from data.order import GLOBAL_ORDER, GlobalOrder, derive_key
 
 # These never change under this version: a run that continues must read what it would have read.
 GOLDEN = {
@@ -32,9 +32,9 @@ GOLDEN = {
 
 
 def test_golden_orders() -> None:
-    assert ORDER_VERSION == "global-1"
+    assert GLOBAL_ORDER == "global-1"
     for (samples, seed), expected in GOLDEN.items():
-        assert Order(samples, seed).sample_ids(np.arange(8))[1].tolist() == expected, (samples, seed)
+        assert GlobalOrder(samples, seed).sample_ids(np.arange(8))[1].tolist() == expected, (samples, seed)
 
 
 def test_golden_keys_and_digests() -> None:
@@ -51,7 +51,7 @@ def test_golden_keys_and_digests() -> None:
 @settings(deadline=None, max_examples=60)
 @given(samples=st.integers(1, 6000), seed=st.integers(-(2**63), 2**63), epoch=st.integers(0, 10**6))
 def test_every_epoch_holds_every_sample_once(samples: int, seed: int, epoch: int) -> None:
-    epochs, ids = Order(samples, seed).sample_ids(np.arange(epoch * samples, (epoch + 1) * samples))
+    epochs, ids = GlobalOrder(samples, seed).sample_ids(np.arange(epoch * samples, (epoch + 1) * samples))
     assert (epochs == epoch).all()
     assert np.array_equal(np.sort(ids), np.arange(samples))
 
@@ -60,14 +60,14 @@ def test_every_epoch_holds_every_sample_once(samples: int, seed: int, epoch: int
 @given(samples=st.integers(1, 300), seed=st.integers(0, 9), start=st.integers(0, 2000), count=st.integers(0, 500))
 def test_a_position_has_its_sample_whatever_else_is_asked(samples: int, seed: int, start: int, count: int) -> None:
     positions = np.arange(start, start + count)
-    together = Order(samples, seed).sample_ids(positions)[1]
-    alone = [int(Order(samples, seed).sample_ids(np.array([position]))[1][0]) for position in positions[::37]]
+    together = GlobalOrder(samples, seed).sample_ids(positions)[1]
+    alone = [int(GlobalOrder(samples, seed).sample_ids(np.array([position]))[1][0]) for position in positions[::37]]
     assert together[::37].tolist() == alone
 
 
 @pytest.mark.parametrize(("samples", "epochs"), [(3, 6000), (5, 12000), (9, 6000), (10, 6000), (100, 3000)])
 def test_small_permutations_are_uniform(samples: int, epochs: int) -> None:
-    ids = Order(samples, seed=11).sample_ids(np.arange(samples * epochs))[1].reshape(epochs, samples)
+    ids = GlobalOrder(samples, seed=11).sample_ids(np.arange(samples * epochs))[1].reshape(epochs, samples)
     places = np.stack([np.bincount(ids[:, place], minlength=samples) for place in range(samples)])
     # Rows and columns of a permutation matrix are tied: (n - 1)^2 degrees of freedom and the factor (n - 1) / n.
     statistic = ((places - epochs / samples) ** 2 / (epochs / samples)).sum() * (samples - 1) / samples
@@ -81,7 +81,7 @@ def test_small_permutations_are_uniform(samples: int, epochs: int) -> None:
 
 def test_every_permutation_of_five_occurs_equally_often() -> None:
     epochs = 24_000
-    ids = Order(5, seed=2).sample_ids(np.arange(5 * epochs))[1].reshape(epochs, 5)
+    ids = GlobalOrder(5, seed=2).sample_ids(np.arange(5 * epochs))[1].reshape(epochs, 5)
     codes = (ids * 5 ** np.arange(5)).sum(axis=1)
     wanted = [sum(value * 5**place for place, value in enumerate(order)) for order in permutations(range(5))]
     counts = np.array([(codes == code).sum() for code in wanted])
@@ -92,7 +92,7 @@ def test_every_permutation_of_five_occurs_equally_often() -> None:
 @pytest.mark.parametrize("samples", [4097, 10**6 + 3, 10**13])
 def test_neighbours_in_a_large_order_are_independent(samples: int) -> None:
     count, buckets = 4096, 16
-    order = Order(samples, seed=5)
+    order = GlobalOrder(samples, seed=5)
     ids = np.concatenate([order.sample_ids(epoch * samples + np.arange(count))[1] for epoch in range(8)])
     bucket = ids // (samples // buckets + 1)
     pairs = np.bincount(bucket[:-1] * buckets + bucket[1:], minlength=buckets**2)
@@ -102,17 +102,17 @@ def test_neighbours_in_a_large_order_are_independent(samples: int) -> None:
 
 def test_seed_and_epoch_do_not_add_up() -> None:
     samples = 1000
-    first = Order(samples, 7).sample_ids(samples + np.arange(samples))[1]
-    second = Order(samples, 8).sample_ids(np.arange(samples))[1]
+    first = GlobalOrder(samples, 7).sample_ids(samples + np.arange(samples))[1]
+    second = GlobalOrder(samples, 8).sample_ids(np.arange(samples))[1]
     assert (first == second).mean() < 0.02
     keys = {derive_key(seed=seed, epoch=epoch) for seed in range(20) for epoch in range(20)}
     assert len(keys) == 400
-    assert derive_key(seed=1, epoch=2, stream=3) != derive_key(seed=1, epoch=2, stream=3, purpose="block")
+    assert derive_key(seed=1, epoch=2, stream="a") != derive_key(seed=1, epoch=2, stream="a", purpose="block")
 
 
 def test_a_position_far_out_takes_no_memory_of_the_dataset() -> None:
     tracemalloc.start()
-    ids = Order(10**13, seed=1).sample_ids(10**12 + np.arange(256))[1]
+    ids = GlobalOrder(10**13, seed=1).sample_ids(10**12 + np.arange(256))[1]
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(np.unique(ids)) == 256
@@ -123,4 +123,4 @@ def test_a_position_far_out_takes_no_memory_of_the_dataset() -> None:
 @pytest.mark.parametrize("samples", [0, -1, 1 << 62])
 def test_an_impossible_size_is_refused(samples: int) -> None:
     with pytest.raises(ValueError, match="samples"):
-        Order(samples, 0)
+        GlobalOrder(samples, 0)

@@ -42,6 +42,8 @@ class Batch:
     first_position: int
     weight: float = 1.0
     fold: int = 0
+    streams: torch.Tensor | None = None
+    stream_count: int = 1
 
 
 def global_batch(step: int, samples: int = 7) -> dict[str, torch.Tensor]:

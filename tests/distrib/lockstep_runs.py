@@ -20,8 +20,7 @@ import torch.nn.functional as F
 import xxhash
 from torch import nn
 
-from data.order import ORDER_VERSION
-from data.plan import Plan, Segment
+from data.plan import Plan, Segment, StreamPart
 from data.samples import DatasetFacts
 from data.stream import Stream
 from distrib.capabilities import count_shards
@@ -79,9 +78,11 @@ class Layout:
 class GptSamples:
     """Sequences over three of 61 tokens, most of them masked to a ragged length: the first has one target, some have all."""
 
-    directory = Path("gpt")
+    address = "gpt"
     fingerprint = "gpt"
     samples = DATASET_SAMPLES
+    shard_samples = np.array([DATASET_SAMPLES])
+    mixes = False
     sequence_tokens, vocabulary_size = 12, 61
     sample_bytes = 13 * 8 + 12
     facts = DatasetFacts(kind="tokens", vocabulary_size=vocabulary_size, sequence_tokens=sequence_tokens)
@@ -95,7 +96,7 @@ class GptSamples:
         lengths = 1 + np.arange(self.samples) ** 2 % self.sequence_tokens
         self._mask = positions[:-1] < lengths[:, None]
 
-    def gather(self, sample_ids: Any) -> Any:
+    def gather(self, sample_ids: Any, choices: Any = None) -> Any:
         fields = {"tokens": self._tokens[sample_ids], "loss_mask": self._mask[sample_ids]}
         return fields, hashes_of(self._tokens[sample_ids])
 
@@ -114,9 +115,11 @@ class DigitSamples:
     and their curves part by far more than rounding: in any framework, between any two orders of summation.
     """
 
-    directory = Path("digits")
+    address = "digits"
     fingerprint = "digits"
     samples = DATASET_SAMPLES
+    shard_samples = np.array([DATASET_SAMPLES])
+    mixes = False
     sample_bytes = 64 + 8
     facts = DatasetFacts(kind="images", classes=8, channels=1, image_size_pixels=8)
     sequence_tokens = None
@@ -132,7 +135,7 @@ class DigitSamples:
         wrong = generator.random(self.samples) < 0.25
         self._labels = np.where(wrong, generator.integers(0, 8, self.samples), self._labels)
 
-    def gather(self, sample_ids: Any) -> Any:
+    def gather(self, sample_ids: Any, choices: Any = None) -> Any:
         fields = {"images": self._images[sample_ids], "labels": self._labels[sample_ids]}
         return fields, hashes_of(self._images[sample_ids])
 
@@ -152,9 +155,7 @@ def hashes_of(rows: Any) -> Any:
 def plan_of(dataset: Any) -> Plan:
     segment = Segment(
         start_position=0,
-        fingerprints=(dataset.fingerprint,),
-        order=ORDER_VERSION,
-        sequence_tokens=dataset.sequence_tokens,
+        streams=(StreamPart(fingerprint=dataset.fingerprint, sequence_tokens=dataset.sequence_tokens),),
         seed=SEED,
         global_samples=GLOBAL_SAMPLES,
     )
@@ -230,7 +231,7 @@ def take_steps(engine: Engine, kind: str, accumulation: int, steps: int = STEPS)
     """The next steps of a run whose engine has taken some already."""
     dataset, world = DATASETS[kind](), engine.world
     stream = Stream(
-        dataset,
+        {"": dataset},
         plan_of(dataset),
         rank=world.data_rank,
         world_size=world.data_size,
@@ -282,7 +283,7 @@ def reference_curve(kind: str, optimizer: str) -> tuple[list[float], list[float]
     losses, norms = [], []
     plan = plan_of(dataset)
     alone = Stream(
-        dataset, plan, rank=0, world_size=1, micro_samples=GLOBAL_SAMPLES, position=0,
+        {"": dataset}, plan, rank=0, world_size=1, micro_samples=GLOBAL_SAMPLES, position=0,
         stop_position=STEPS * GLOBAL_SAMPLES, count_items=dataset.task.items,
     )  # fmt: skip
     for step in alone:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
@@ -75,8 +75,9 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> set[str]:
     keys: set[str] = set()
     for name, field in section.model_fields.items():
         parts = list(sections_in(field.annotation))
+        named = "*." if get_origin(field.annotation) is dict else ""  # sections under names that a user chooses
         for part in parts:
-            keys |= keys_of(part, f"{prefix}{name}.")
+            keys |= keys_of(part, f"{prefix}{name}.{named}")
         if not parts or type(None) in get_args(field.annotation):
             keys.add(prefix + name)
     return keys

@@ -1,0 +1,83 @@
+"""From a recipe to the plan of a run: what each position reads, and how a resumed run goes on with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from data.epochs import refuse_too_many_epochs
+from data.mixture import BLOCK_SAMPLES, quotas_of
+from data.order import GLOBAL_ORDER
+from data.plan import Plan, Segment, StreamPart
+from data.samples import Dataset
+from data.steps import order_of
+from data.windows import WINDOWED_ORDER
+from launch.config import RunConfig
+
+
+def segment_of(config: RunConfig, training: Mapping[str, Dataset], start_position: int = 0) -> Segment:
+    """What the recipe asks for from a position on; `training` holds each stream's dataset."""
+    data = config.data
+    windowed = data.order == "windowed"
+    weights = {name: stream.weight for name, stream in data.streams.items()} or {"": 1.0}
+    streams = [
+        StreamPart(
+            name=name,
+            fingerprint=training[name].fingerprint,
+            quota=quota,
+            order=WINDOWED_ORDER if windowed else GLOBAL_ORDER,
+            lanes=data.lanes if windowed else None,
+            window_shards=data.window_shards if windowed else None,
+            sequence_tokens=training[name].facts.sequence_tokens,
+        )
+        for name, quota in zip(weights, quotas_of(weights), strict=True)
+    ]
+    return Segment(
+        start_position=start_position,
+        streams=tuple(streams),
+        seed=config.run.seed,
+        global_samples=config.batch.global_samples,
+    )
+
+
+def continue_plan(plan: Plan, wanted: Segment, source: Path) -> Plan:
+    """The plan of a checkpoint, with a new segment where the size of a step or the mixture changes from here on.
+
+    ValueError where a stream is other data, or in another order, than in the checkpoint at `source`.
+    """
+    known = {stream.name: stream for stream in plan.streams}
+    for stream in wanted.streams:
+        before = known.get(stream.name)
+        if before is not None and not stream.continues(before):
+            named = f"stream {stream.name}, " if stream.name else ""
+            raise ValueError(
+                f"{source}: was trained on other data or in another order ({named}dataset {before.fingerprint[:12]}, "
+                f"here {stream.fingerprint[:12]}); use the dataset of that run, or start a new run"
+            )
+    current = plan.segments[-1]
+    same = wanted.reads_as(current) and wanted.global_samples == current.global_samples
+    return plan if same else plan.append(wanted)
+
+
+def check_orders(plan: Plan, training: Mapping[str, Dataset]) -> None:
+    """ValueError where a stream's order is impossible over its dataset."""
+    segment = plan.segments[-1]
+    for stream in segment.streams:
+        order_of(stream, training[stream.name].shard_samples, segment.seed)
+
+
+def describe_epochs(config: RunConfig, plan: Plan, training: Mapping[str, Dataset], stop_position: int) -> list[str]:
+    """A line a stream: how much there is of it, and how often the run reads it.
+
+    ValueError for a stream that would be read more often than its `max_epochs`.
+    """
+    limits = {name: stream.max_epochs for name, stream in config.data.by_stream().items()}
+    refuse_too_many_epochs(plan, training, limits, stop_position)
+    consumed = plan.consumed(stop_position)
+    lines = []
+    for stream in plan.segments[-1].streams:
+        samples = training[stream.name].samples
+        share = f"stream {stream.name}: {stream.quota / BLOCK_SAMPLES:.2%} of the samples" if stream.name else "data"
+        epochs = consumed[plan.number_of(stream)] / samples
+        lines.append(f"{share}: {samples:,} training samples, {epochs:.2f} epochs in {config.run.steps} steps")
+    return lines
