@@ -12,7 +12,7 @@ import pytest
 
 from data.config import DataConfig
 from data.dataset import open_dataset
-from data.order import Order
+from data.order import GlobalOrder
 from data.store import LocalStore
 from launch.tracking.metrics_file import read_metrics
 from tests.end_to_end.runs import LOCKSTEP, command, environment, write_recipe
@@ -35,7 +35,7 @@ def test_skipping_for_ever_ends_the_run_with_the_step_and_its_samples(
     assert steps[-1]["samples"] == 12 * len(steps)
     assert ended.code == 78
     samples = open_dataset(LocalStore(dataset), DataConfig(**values["data"]), "train").samples
-    ids = Order(samples, 0).sample_ids(np.arange(12 * (len(steps) - 1), 12 * len(steps)))[1].tolist()
+    ids = GlobalOrder(samples, 0).sample_ids(np.arange(12 * (len(steps) - 1), 12 * len(steps)))[1].tolist()
     shown = ", ".join(map(str, ids[:8]))
     for text in (
         f"step {len(steps)}: the gradient was not finite in 3 steps in a row",
@@ -45,4 +45,4 @@ def test_skipping_for_ever_ends_the_run_with_the_step_and_its_samples(
         assert text in ended.err
     outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
     assert (outcome["exit_code"], outcome["step"]) == (78, len(steps))
-    assert str(ids) in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    assert ", ".join(map(str, ids)) in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
