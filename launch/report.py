@@ -265,8 +265,8 @@ def duration(seconds: float) -> str:
 # --- curves ------------------------------------------------------------------------------------------------------------
 
 
-# The loss is drawn with the training loss; how much was evaluated does not change.
-_NOT_A_CURVE = ("loss", "tokens", "samples")
+# How much was evaluated does not change: no curve. The loss is drawn with the training loss.
+_COUNTS = ("tokens", "samples")
 
 
 def _charts(runs: list[Run]) -> list[dict[str, Any]]:
@@ -289,11 +289,16 @@ def _charts(runs: list[Run]) -> list[dict[str, Any]]:
         from_zero("Peak memory of rank 0, GiB", _training(runs, "peak_memory_bytes", 2.0**-30)),
         from_zero("MFU, %", _training(runs, "mfu", 100.0)),
     ]
+    for stream in dict.fromkeys(name for run in runs for record in run.steps for name in record.get("streams", {})):
+        charts += [
+            chart(f"Loss of stream {stream}", _stream(runs, stream, "loss"), log_allowed=True),
+            from_zero(f"Epochs of stream {stream}", _stream(runs, stream, "epoch")),
+        ]
     names = dict.fromkeys(name for run in runs for record in run.evaluations for name in record["evaluation"])
     charts += [
         chart(f"Evaluation: {name.replace('_', ' ')}", _evaluation(runs, name), log_allowed=True)
         for name in names
-        if name not in _NOT_A_CURVE
+        if name != "loss" and name.rpartition("/")[2] not in _COUNTS
     ]
     drawn = [(chart.title, draw(chart)) for chart in charts]
     return [{"title": title, "svg": Markup(svg)} for title, svg in drawn if svg is not None]
@@ -306,6 +311,14 @@ def _items(runs: list[Run]) -> str:
 
 def _training(runs: list[Run], name: str, scale: float = 1.0) -> list[Curve]:
     return [Curve(_steps(run.steps), scale * column(run.steps, name), index) for index, run in enumerate(runs)]
+
+
+def _stream(runs: list[Run], stream: str, name: str) -> list[Curve]:
+    """What the log tells of one stream of a mixture."""
+    return [
+        Curve(_steps(run.steps), column([r.get("streams", {}).get(stream, {}) for r in run.steps], name), index)
+        for index, run in enumerate(runs)
+    ]
 
 
 def _data_wait(runs: list[Run]) -> list[Curve]:

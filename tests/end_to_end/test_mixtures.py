@@ -63,6 +63,14 @@ def test_the_log_tells_share_epoch_and_loss_of_each_stream(alone: Path) -> None:
     )
 
 
+def test_the_report_draws_each_stream(alone: Path, tmp_path: Path, warm: WarmProcess) -> None:
+    warm.lockstep("report", alone, "--out", tmp_path / "report.html", cwd=tmp_path).succeeded()
+    page = (tmp_path / "report.html").read_text()
+    for title in ("Loss of stream web", "Epochs of stream code", "Evaluation: web/bits per byte"):
+        assert title in page
+    assert "Evaluation: web/tokens" not in page
+
+
 def test_three_workers_read_what_one_reads(mixture: Path, alone: Path, tmp_path: Path) -> None:
     run = tmp_path / "three"
     lockstep("train", mixture, f"run.directory={run}", "--workers", 3, cwd=tmp_path).succeeded()
