@@ -8,9 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 SourceKind = Literal["stdlib", "digits", "text", "jsonl", "parquet", "images", "hf"]
 
+Packing = Literal["concatenate", "best_fit"]
+
 SOURCE_FORMS = (
     "stdlib, digits, text:PATH, jsonl:PATH#FIELD, parquet:PATH#COLUMN, images:DIR, hf:NAME[:CONFIG][@SPLIT][#COLUMN]"
 )
+
+# Keys that mean nothing to images.
+TOKEN_OPTIONS = ("tokenizer", "sequence_tokens", "packing", "separate_documents")
 
 # 256 bytes and the end-of-document token: the smallest vocabulary a byte-level BPE can have.
 MINIMUM_BPE_SIZE = 257
@@ -101,6 +106,14 @@ class DataConfig(BaseModel):
         0.05, gt=0, lt=1, description="share of documents held out, chosen by each document's content hash"
     )
     sequence_tokens: int = Field(256, ge=1, description="tokens a sample predicts (token datasets)")
+    packing: Packing = Field(
+        "concatenate",
+        description="concatenate: documents one after the other, cut into sequences; best_fit: whole documents, "
+        "packed into sequences so that few are cut, no loss across their ends, the room left over unused",
+    )
+    separate_documents: bool = Field(
+        False, description="attention and positions start anew at each document, and no loss is taken across its end"
+    )
     image_size_pixels: int | None = Field(
         None, ge=1, description="resize images to this square; null: as stored, where all must agree"
     )
@@ -110,7 +123,12 @@ class DataConfig(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_options_of_other_data(self) -> "DataConfig":
-        images, texts = {"image_size_pixels", "image_channels"}, {"tokenizer", "sequence_tokens"}
+        if self.separate_documents and self.sequence_tokens < 2:
+            raise ValueError(
+                f"separate_documents needs sequence_tokens of at least 2, not {self.sequence_tokens}: of a sequence of "
+                "one token nothing may be left to learn; raise it"
+            )
+        images, texts = {"image_size_pixels", "image_channels"}, {*TOKEN_OPTIONS}
         sources = [stream.source for stream in self.streams.values()] or [self.source]
         kinds = {parse_source(source).kind for source in sources} - {"hf"}
         are_images = {kind in ("digits", "images") for kind in kinds}

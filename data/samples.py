@@ -26,6 +26,7 @@ class DatasetFacts:
     kind: Literal["tokens", "images"]
     vocabulary_size: int | None = None
     sequence_tokens: int | None = None
+    separate_documents: bool = False
     classes: int | None = None
     class_names: tuple[str, ...] = ()
     channels: int | None = None
@@ -33,7 +34,11 @@ class DatasetFacts:
 
 
 class Dataset(Protocol):
-    """What the stream needs of a dataset."""
+    """What the stream needs of a dataset.
+
+    Fields of tokens: `tokens` (n, T + 1); where documents end, also `loss_mask` (n, T) bool, the targets that count; where
+    they are kept apart, also `documents` (n, T), a number for each input's document within its sample, rising from 0.
+    """
 
     @property
     def address(self) -> str: ...

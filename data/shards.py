@@ -17,6 +17,7 @@ import xxhash
 
 from data.errors import CorruptData
 from data.manifest import BLOCK_BYTES, RESTORE, FileEntry, ShardEntry
+from data.samples import Fields
 from data.store import Store
 
 IMAGE_SCHEMA = pa.schema(
@@ -195,6 +196,14 @@ class CheckedFile:
             self._unchecked[block] = False
         self.checked = not self._unchecked.any()
 
+    def check_ranges(self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> None:
+        """`check` for many ranges (n,) that are not empty."""
+        if self.checked or not len(starts):
+            return
+        first, last = starts // BLOCK_BYTES, (stops - 1) // BLOCK_BYTES
+        for step in range(int((last - first).max()) + 1):  # a range may span several blocks
+            self.check_blocks(np.minimum(first + step, last))
+
     def check_all(self) -> None:
         """Check every block."""
         self.check(0, self._entry.bytes)
@@ -203,12 +212,15 @@ class CheckedFile:
 class TokenShard:
     """One token shard, cut into samples of `sequence_tokens` inputs and the target after the last."""
 
-    def __init__(self, store: Store, entry: ShardEntry, dtype: str, sequence_tokens: int) -> None:
+    def __init__(
+        self, store: Store, entry: ShardEntry, dtype: str, sequence_tokens: int, *, separate_documents: bool = False
+    ) -> None:
         assert entry.tokens is not None
-        assert entry.docs is not None
         self._data = CheckedFile(store, entry.data)
         stored = np.dtype(dtype).newbyteorder("<")
         self.samples = samples_of(entry.tokens, sequence_tokens)
+        self._sequence_tokens = sequence_tokens
+        self._separate_documents = separate_documents
         self._stride_bytes = sequence_tokens * stored.itemsize
         self._row_bytes = (sequence_tokens + 1) * stored.itemsize
         # Row i is the bytes of tokens [iT, iT + T]: rows overlap, each one's last token is the next one's first.
@@ -216,17 +228,29 @@ class TokenShard:
         self._rows: npt.NDArray[np.void] = np.ndarray(
             (self.samples,), f"V{self._row_bytes}", self._data.map, strides=(self._stride_bytes,)
         )
-        self.document_ends = _read_document_ends(store, entry)
+        self._document_ends = read_document_ends(store, entry)
 
-    def gather(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
-        """Copy samples (n,) out of the map: (n,) opaque rows, each the bytes of its T + 1 tokens."""
-        if not self._data.checked:
-            first = rows * self._stride_bytes
-            last = (first + self._row_bytes - 1) // BLOCK_BYTES
-            first //= BLOCK_BYTES
-            for step in range(int((last - first).max()) + 1):  # a sample may span several blocks
-                self._data.check_blocks(np.minimum(first + step, last))
-        return self._rows[rows]
+    def gather(self, rows: npt.NDArray[np.int64]) -> Fields:
+        """Samples (n,) by their rows: `tokens`, opaque (n,), each the bytes of its T + 1 tokens, copied out of the map.
+
+        With documents apart, also `documents` and `loss_mask`, as `data.samples.Dataset` has them.
+        """
+        first = rows * self._stride_bytes
+        self._data.check_ranges(first, first + self._row_bytes)
+        tokens = {"tokens": self._rows[rows]}
+        return tokens | self._boundaries(rows * self._sequence_tokens) if self._separate_documents else tokens
+
+    def _boundaries(self, first: npt.NDArray[np.int64]) -> Fields:
+        """`documents` and `loss_mask` of the samples whose first tokens are at `first` (n,) in the shard."""
+        ends, sequence_tokens = self._document_ends, self._sequence_tokens
+        low = np.searchsorted(ends, first, side="right")
+        counts = np.searchsorted(ends, first + sequence_tokens, side="right") - low
+        samples = np.repeat(np.arange(len(first)), counts)
+        begin_at = ends[expand_ranges(low, counts)] - first[samples]  # in [1, T]
+        begins = np.zeros((len(first), sequence_tokens + 1), dtype=document_dtype(sequence_tokens))
+        begins[samples, begin_at] = 1
+        documents = np.cumsum(begins[:, :-1], axis=1, dtype=begins.dtype)
+        return {"documents": documents, "loss_mask": begins[:, 1:] == 0}
 
 
 def samples_of(tokens: int, sequence_tokens: int) -> int:
@@ -234,12 +258,25 @@ def samples_of(tokens: int, sequence_tokens: int) -> int:
     return (tokens - 1) // sequence_tokens
 
 
-def _read_document_ends(store: Store, entry: ShardEntry) -> npt.NDArray[np.uint64]:
+def document_dtype(sequence_tokens: int) -> np.dtype[Any]:
+    """What numbers the documents of a sample; signed, because torch can do little with other integers."""
+    return np.dtype(np.int16 if sequence_tokens < 1 << 15 else np.int32)
+
+
+def expand_ranges(starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The integers of ranges [start, start + count), one range after the other."""
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
+
+
+def read_document_ends(store: Store, entry: ShardEntry) -> npt.NDArray[np.int64]:
+    """The ends (documents,) of a shard's documents, in tokens, every byte of them checked."""
     assert entry.docs is not None
     docs = CheckedFile(store, entry.docs)
     docs.check_all()
-    ends: npt.NDArray[np.uint64] = np.frombuffer(docs.map, dtype="<u8")
-    if ends[-1] != entry.tokens or (ends[1:] <= ends[:-1]).any() or ends[0] == 0:
+    # Stored unsigned; what does not fit a signed integer does not rise.
+    ends: npt.NDArray[np.int64] = np.frombuffer(docs.map, dtype="<i8")
+    if ends[-1] != entry.tokens or (ends[1:] <= ends[:-1]).any() or ends[0] <= 0:
         raise CorruptData(f"{docs.path}: document ends do not rise to the shard's {entry.tokens} tokens; {RESTORE}")
     return ends
 

@@ -1,14 +1,18 @@
 """Tokens of a prepared dataset, cut into samples of one length: random access by sample id, checked as they are read."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from data.config import DataConfig
 from data.manifest import Manifest, Split
+from data.packed_shard import PackedShard, index_errors
+from data.packing import PackedShardEntry, read_packing
 from data.samples import Choices, DatasetFacts, Fields, Hashes, SampleIds, check_range
-from data.shards import TokenShard, samples_of
+from data.shards import TokenShard, document_dtype, samples_of
 from data.store import Store
 
 # What is copied out of a shard at once: it is hashed and put in its place while it is in the processor's cache.
@@ -16,21 +20,38 @@ PIECE_BYTES = 256 * 1024
 
 
 class TokenDataset:
-    """Tokens of one split. A sample is T tokens and the one after them; samples never cross shards."""
+    """Tokens of one split. A sample is T tokens and the one after them; samples never cross shards.
 
-    def __init__(self, store: Store, manifest: Manifest, split: Split, sequence_tokens: int) -> None:
+    Concatenated, sample i of a shard is its tokens [iT, iT + T]. Packed by best fit, it is a bin of `data.packing`'s index:
+    every token that is not its document's first is a target exactly once, and no other is.
+    """
+
+    def __init__(self, store: Store, manifest: Manifest, split: Split, config: DataConfig) -> None:
         assert manifest.tokenizer is not None
         assert manifest.dtype is not None
         self.address = store.address
         self._store = store
         self.fingerprint = manifest.fingerprint
         self._dtype = manifest.dtype
-        self._sequence_tokens = sequence_tokens
+        self._end_of_document = manifest.tokenizer.end_of_document
+        self._sequence_tokens = sequence_tokens = config.sequence_tokens
+        self._separate_documents = config.separate_documents
         self._entries = manifest.splits[split].shards
         for entry in self._entries:
             for file in entry.files():
                 store.check(file)
-        counts = [samples_of(entry.tokens or 0, sequence_tokens) for entry in self._entries]
+        self.packing_identity: str | None = None
+        """The packing algorithm and the hash of what it made; None where documents are concatenated."""
+        self._packed: tuple[PackedShardEntry, ...] | None = None
+        if config.packing == "best_fit":
+            packing = read_packing(store, manifest, sequence_tokens)
+            self.packing_identity, self._packed = packing.identity, packing.splits[split]
+            with index_errors(sequence_tokens):
+                for packed in self._packed:
+                    store.check(packed.index)
+            counts = [packed.bins for packed in self._packed]
+        else:
+            counts = [samples_of(entry.tokens or 0, sequence_tokens) for entry in self._entries]
         self._ends = np.cumsum(counts, dtype=np.int64)
         self.shard_samples = np.diff(self._ends, prepend=0)
         self.samples = int(self._ends[-1])
@@ -41,24 +62,42 @@ class TokenDataset:
                 f"data.sequence_tokens {sequence_tokens} is longer than the {split} data of {store.address}, whose longest "
                 f"shard has {longest} tokens (one more than a sequence is needed); lower it or add data"
             )
-        self._shards: list[TokenShard | None] = [None] * len(self._entries)
-        self.sample_bytes = (sequence_tokens + 1) * np.dtype(manifest.dtype).itemsize
+        self._shards: list[TokenShard | PackedShard | None] = [None] * len(self._entries)
+        self._row_bytes = (sequence_tokens + 1) * np.dtype(manifest.dtype).itemsize
+        self._boundary_fields: dict[str, np.dtype[Any]] = {}
+        if config.separate_documents:
+            self._boundary_fields["documents"] = document_dtype(sequence_tokens)
+        if config.separate_documents or self._packed is not None:
+            self._boundary_fields["loss_mask"] = np.dtype(np.bool_)
+        boundary_bytes = sum(dtype.itemsize for dtype in self._boundary_fields.values())
+        self.sample_bytes = self._row_bytes + boundary_bytes * sequence_tokens
         self.facts = DatasetFacts(
-            kind="tokens", vocabulary_size=manifest.tokenizer.vocabulary_size, sequence_tokens=sequence_tokens
+            kind="tokens",
+            vocabulary_size=manifest.tokenizer.vocabulary_size,
+            sequence_tokens=sequence_tokens,
+            separate_documents=config.separate_documents,
         )
 
     def gather(self, sample_ids: SampleIds, choices: Choices | None = None) -> tuple[Fields, Hashes]:
-        """`tokens` (n, T + 1) in the stored dtype, and the xxh3-64 of each sample's bytes (n,)."""
+        """`tokens` (n, T + 1) in the stored dtype, and the xxh3-64 of each sample's bytes (n,), padding included.
+
+        Where documents are packed or kept apart, `loss_mask` (n, T) bool; kept apart, `documents` (n, T) int16 or int32.
+        """
         check_range(sample_ids, self.samples)
-        rows = np.empty(len(sample_ids), dtype=f"V{self.sample_bytes}")
-        hashes = np.empty(len(sample_ids), dtype=np.uint64)
+        samples = len(sample_ids)
+        fields: Fields = {"tokens": np.empty(samples, dtype=f"V{self._row_bytes}")}
+        for name, dtype in self._boundary_fields.items():
+            fields[name] = np.empty((samples, self._sequence_tokens), dtype=dtype)
+        hashes = np.empty(samples, dtype=np.uint64)
         for shard, slots, shard_rows in self._pieces(sample_ids):
             piece = shard.gather(shard_rows)
-            hashes[slots] = _hash_rows(piece)
-            rows[slots] = piece
-        return {"tokens": rows.view(self._dtype).reshape(len(rows), self._sequence_tokens + 1)}, hashes
+            hashes[slots] = _hash_rows(piece["tokens"])
+            for name, field in fields.items():
+                field[slots] = piece[name]
+        fields["tokens"] = fields["tokens"].view(self._dtype).reshape(samples, self._sequence_tokens + 1)
+        return fields, hashes
 
-    def _pieces(self, sample_ids: SampleIds) -> Iterator[tuple[TokenShard, SampleIds, SampleIds]]:
+    def _pieces(self, sample_ids: SampleIds) -> Iterator[tuple[TokenShard | PackedShard, SampleIds, SampleIds]]:
         """Cut a request into pieces of one shard each: the shard, where its samples are wanted, and its rows."""
         shard_of = np.searchsorted(self._ends, sample_ids, side="right")
         # NumPy sorts 16-bit integers by radix, several times faster than wider ones.
@@ -77,12 +116,25 @@ class TokenDataset:
     def mix(self, fields: Fields, partners: npt.NDArray[np.int64], words: Hashes) -> Fields:
         raise AssertionError("samples are not mixed")
 
-    def _shard(self, number: int) -> TokenShard:
+    def _shard(self, number: int) -> TokenShard | PackedShard:
         shard = self._shards[number]
         if shard is None:
-            shard = TokenShard(self._store, self._entries[number], self._dtype, self._sequence_tokens)
-            self._shards[number] = shard
+            shard = self._shards[number] = self._open_shard(number)
         return shard
+
+    def _open_shard(self, number: int) -> TokenShard | PackedShard:
+        entry, separate = self._entries[number], self._separate_documents
+        if self._packed is None:
+            return TokenShard(self._store, entry, self._dtype, self._sequence_tokens, separate_documents=separate)
+        return PackedShard(
+            self._store,
+            entry,
+            self._packed[number],
+            self._dtype,
+            self._sequence_tokens,
+            end_of_document=self._end_of_document,
+            separate_documents=separate,
+        )
 
 
 def _hash_rows(rows: npt.NDArray[np.void]) -> Hashes:

@@ -31,7 +31,7 @@ _RULES: dict[Verdict, tuple[str, ...]] = {
     "impossible": (
         "run.seed", "model.", "task.", "data.tokenizer", "data.validation_fraction", "data.sequence_tokens",
         "data.image_size_pixels", "data.image_channels", "data.shard_bytes", "data.order", "data.lanes",
-        "data.window_shards", "optimizer.kind",
+        "data.window_shards", "data.packing", "data.separate_documents", "optimizer.kind",
     ),
 }  # fmt: skip
 _VERDICTS: dict[str, Verdict] = {rule: verdict for verdict, rules in _RULES.items() for rule in rules}

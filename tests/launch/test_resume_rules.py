@@ -27,7 +27,7 @@ PERMITTED = [
 IMPOSSIBLE = [
     "run.seed=1", "model.layers=5", "model.width=96", "model.norm=layernorm", "model.kind=my.module:build",
     "data.tokenizer=bytes", "data.sequence_tokens=64", "data.validation_fraction=0.1", "data.shard_bytes=1000",
-    "optimizer.kind=sgd",
+    "data.packing=best_fit", "data.separate_documents=true", "optimizer.kind=sgd",
 ]  # fmt: skip
 
 
