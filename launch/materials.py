@@ -44,6 +44,7 @@ def open_materials(config: RunConfig, stores: Mapping[str, Store]) -> Materials:
     shape = InputShape(
         vocabulary_size=facts.vocabulary_size,
         sequence_tokens=facts.sequence_tokens,
+        separate_documents=facts.separate_documents,
         channels=facts.channels,
         image_size_pixels=facts.image_size_pixels,
         classes=facts.classes,

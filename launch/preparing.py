@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from pathlib import Path
 
 from data.config import DataConfig
+from data.packing import ensure_packing
 from data.prepare import prepare, prepared_directory
 from data.store import LocalStore, Store
 
 
 def prepare_streams(config: DataConfig) -> dict[str, Store]:
-    """`prepare_and_tell` for every stream of a recipe; where each one's dataset lies, by the stream's name."""
-    return {name: LocalStore(prepare_and_tell(stream)) for name, stream in config.by_stream().items()}
+    """`prepare_and_tell` for every stream of a recipe, and the packing that it asks for; where each one's dataset lies, by
+    the stream's name."""
+    stores: dict[str, Store] = {}
+    for name, stream in config.by_stream().items():
+        stores[name] = LocalStore(prepare_and_tell(stream))
+        ensure_packing(stores[name], stream, tell=functools.partial(print, flush=True))
+    return stores
 
 
 def prepare_and_tell(config: DataConfig) -> Path:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from data.packing import ensure_packing
 from data.plan import Plan
 from data.store import LocalStore, Store
 from data.stream import MicroBatch
@@ -49,7 +50,10 @@ def load_trained(run_directory: Path, checkpoint: Path | None, datasets: Sequenc
         )
     config = parse_recipe(parse_yaml(recipe.read_text(), f"recipe {recipe}"), source=f"recipe {recipe}")
     world = single_process_world(device)
-    materials = open_materials(config, _dataset_stores(run_directory, datasets))
+    stores = _dataset_stores(run_directory, datasets)
+    for store in stores.values():
+        ensure_packing(store, config.data)
+    materials = open_materials(config, stores)
     module = make_initialised_model(materials.make_model, config.run.seed, world.device)
     found = _load_checkpoint(run_directory, checkpoint, module, world)
     for stream in Plan.from_json(json.dumps(found.scalars["plan"])).segments[-1].streams:

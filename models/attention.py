@@ -7,8 +7,10 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from models.config import RopeScalingConfig, TransformerConfig
+from models.documents import attend_in_blocks
 
 
 def rotary_frequencies(head_width: int, base: float, scaling: RopeScalingConfig | None) -> Tensor:
@@ -66,10 +68,17 @@ class RotaryPositions(nn.Module):
         self.initialise()
         return self
 
-    def forward(self, heads: Tensor) -> Tensor:
-        """(B, H, T, head_width) -> the same shape and dtype, turned in fp32."""
-        tokens = heads.shape[-2]
-        cosines, signed_sines = self.cosines[:tokens], self.signed_sines[:tokens]  # (T, head_width), spread over B, H
+    def forward(self, heads: Tensor, positions: Tensor | None = None) -> Tensor:
+        """(B, H, T, head_width) -> the same shape and dtype, turned in fp32. `positions`: (B, T); without it 0 to T - 1."""
+        if positions is None:
+            tokens = heads.shape[-2]
+            cosines, signed_sines = (
+                self.cosines[:tokens],
+                self.signed_sines[:tokens],
+            )  # (T, head_width), spread over B, H
+        else:
+            cosines, signed_sines = self.cosines[positions], self.signed_sines[positions]  # (B, T, head_width)
+            cosines, signed_sines = cosines.unsqueeze(1), signed_sines.unsqueeze(1)
         single = heads.float()
         # Rolling by half a head puts each number's partner in its place; with the sign in the table that is the whole
         # rotation in three operations, which matters where a step takes milliseconds.
@@ -92,21 +101,27 @@ class Attention(nn.Module):
         self.output = nn.Linear(self.heads * self.head_width, config.width, bias=config.bias)
         self.rotary = rotary
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, width) -> (B, T, width)."""
+    def forward(self, x: Tensor, positions: Tensor | None = None, mask: Tensor | BlockMask | None = None) -> Tensor:
+        """(B, T, width) -> (B, T, width). `positions` (B, T) and `mask`, one of `models.documents`, where documents are
+        kept apart; without them every token sees all before it."""
         query = self._split(self.query(x), self.heads)  # (B, H, T, head_width)
         key = self._split(self.key(x), self.key_value_heads)
         value = self._split(self.value(x), self.key_value_heads)
         if self.rotary is not None:
-            query, key = self.rotary(query), self.rotary(key)
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
-            enable_gqa=self.heads != self.key_value_heads,
-        )
+            query, key = self.rotary(query, positions), self.rotary(key, positions)
+        grouped = self.heads != self.key_value_heads
+        if isinstance(mask, BlockMask):
+            mixed = attend_in_blocks(query, key, value, mask, grouped=grouped)
+        else:
+            mixed = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=mask is None,
+                enable_gqa=grouped,
+            )
         return self.output(mixed.transpose(1, 2).flatten(2))  # (B, H, T, head_width) -> (B, T, H x head_width) -> width
 
     def _split(self, x: Tensor, heads: int) -> Tensor:

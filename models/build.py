@@ -1,5 +1,6 @@
 """From a configuration and the shape of the data to a model."""
 
+import inspect
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,10 +15,14 @@ from models.user_code import call_function, check_methods, load_function
 
 @dataclass(frozen=True)
 class InputShape:
-    """What a model and a task must know of the data: the text fields or the image fields, the others None."""
+    """What a model and a task must know of the data: the text fields or the image fields, the others None.
+
+    `separate_documents`: batches say which document each token belongs to, and the model takes that as `documents`.
+    """
 
     vocabulary_size: int | None = None
     sequence_tokens: int | None = None
+    separate_documents: bool = False
     channels: int | None = None
     image_size_pixels: int | None = None
     classes: int | None = None
@@ -69,6 +74,11 @@ def _build_custom(config: CustomModelConfig, shape: InputShape) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model.kind {config.kind}: returned a {type(model).__name__}, not a torch.nn.Module")
     methods = ("blocks", "initialise_parameter", "initialise_buffers")
+    if shape.separate_documents and "documents" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"model.kind {config.kind}: its forward takes no `documents`, which data.separate_documents needs (see "
+            "models/transformer.py); add it, or leave data.separate_documents out"
+        )
     if any(hasattr(model, method) for method in methods):
         # A plain module is taken as it is, initialised by its submodules; one that offers a part must offer all of it.
         check_methods(model, methods, config.kind, "model.kind", "models/base.py")

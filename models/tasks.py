@@ -94,9 +94,11 @@ class _DeviceCopies:
 
 
 class LanguageModelling:
-    """Next-token prediction: {"tokens": (B, T+1) uint16, uint32 or int64, optional "loss_mask": (B, T) bool}.
+    """Next-token prediction: {"tokens": (B, T+1) uint16, uint32 or int64, optional "loss_mask": (B, T) bool and
+    "documents": (B, T) integers}.
 
-    Position t predicts token t+1; `loss_mask` says which of the T targets count. Metrics: loss (nats per token),
+    Position t predicts token t+1; `loss_mask` says which of the T targets count; `documents`, which number the documents
+    within each sample, are handed to the model, which computes each as if it were alone. Metrics: loss (nats per token),
     perplexity, tokens, and bits_per_byte = total nats / ln 2 / total bytes of the target tokens.
     """
 
@@ -152,7 +154,8 @@ class LanguageModelling:
         targets = tokens[:, 1:]
         if "loss_mask" in batch:
             targets = targets.masked_fill(~batch["loss_mask"], IGNORED_TARGET)
-        logits = model(tokens[:, :-1])  # (B, T, V)
+        apart = {"documents": batch["documents"]} if "documents" in batch else {}
+        logits = model(tokens[:, :-1], **apart)  # (B, T, V)
         losses = F.cross_entropy(
             logits.flatten(0, 1).float(),
             targets.flatten(),

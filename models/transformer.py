@@ -5,10 +5,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from models.attention import Attention, RotaryPositions
 from models.base import Model
 from models.config import TransformerConfig
+from models.documents import LEAST_HEAD_WIDTH, document_blocks, document_mask, document_positions
 from models.initialisation import constant_, normal_
 
 
@@ -50,9 +52,9 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, width) -> (B, T, width)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+    def forward(self, x: Tensor, positions: Tensor | None = None, mask: Tensor | BlockMask | None = None) -> Tensor:
+        """(B, T, width) -> (B, T, width); `positions` and `mask` as `Attention` takes them."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), positions, mask))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -77,24 +79,37 @@ class Transformer(Model):
         self.final_norm = _norm(config)
         self.output = None if config.tied_embeddings else nn.Linear(config.width, vocabulary_size, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, T) int64 -> logits (B, T, V). ValueError where T is above `context_tokens`."""
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """(B, T) int64 -> logits (B, T, V). ValueError where T is above `context_tokens`.
+
+        With `documents` (B, T), equal numbers side by side being one document, each document is computed as if alone.
+        """
         sequence_tokens = tokens.shape[1]
         if sequence_tokens > self.context_tokens:
             raise ValueError(
                 f"a sequence of {sequence_tokens} tokens is longer than the model's {self.context_tokens}; "
                 "raise model.context_tokens or shorten the sequence"
             )
+        positions = None if documents is None else document_positions(documents)
+        mask = None if documents is None else self._mask(documents)
         x = self.token_embedding(tokens)  # (B, T, width)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(torch.arange(sequence_tokens, device=tokens.device))
+            places = torch.arange(sequence_tokens, device=tokens.device) if positions is None else positions
+            x = x + self.position_embedding(places)
         x = self.dropout(x)
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, positions, mask)
         x = self.final_norm(x)
         if self.output is None:
             return F.linear(x, self.token_embedding.weight)
         return self.output(x)
+
+    def _mask(self, documents: Tensor) -> Tensor | BlockMask:
+        """One for all layers. Dropout of attention, and narrow heads, are beyond FlexAttention."""
+        dropout = self.training and self.config.dropout > 0
+        if documents.is_cuda and not dropout and self.config.resolved_head_width >= LEAST_HEAD_WIDTH:
+            return document_blocks(documents)
+        return document_mask(documents)
 
     def blocks(self) -> list[nn.Module]:
         return list(self.layers)
