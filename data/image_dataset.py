@@ -23,6 +23,7 @@ class ImageDataset:
         self.address = store.address
         self._store = store
         self.fingerprint = manifest.fingerprint
+        self.packing_identity: str | None = None
         self._entries = manifest.splits[split].shards
         for entry in self._entries:
             store.check(entry.data)

@@ -67,16 +67,18 @@ class PackedShard:
         pieces = expand_ranges(low, counts)
         starts, lengths = self._starts[pieces], self._lengths[pieces]
         self._data.check_ranges(starts * self._stored.itemsize, (starts + lengths) * self._stored.itemsize)
+        # A last piece for each sample is the room left over: what is copied there is written over.
         after = np.cumsum(counts)
-        padding = room - np.add.reduceat(lengths, after - counts)
+        room_left = room - np.add.reduceat(lengths, after - counts)
+        starts, lengths = np.insert(starts, after, 0), np.insert(lengths, after, room_left)
         numbers = expand_ranges(np.zeros_like(counts), counts + 1).astype(document_dtype(self._sequence_tokens))
-        documents = np.repeat(numbers, np.insert(lengths, after, padding)).reshape(len(rows), room)
-        real = documents < counts[:, np.newaxis]
-        tokens = np.full(real.shape, self._end_of_document, dtype=self._stored)
-        tokens[real] = self._tokens[expand_ranges(starts, lengths)]
+        documents = np.repeat(numbers, lengths).reshape(len(rows), room)
+        padding = documents == counts[:, np.newaxis].astype(documents.dtype)
+        tokens = self._tokens.take(expand_ranges(starts, lengths), mode="clip").reshape(len(rows), room)
+        tokens[padding] = self._end_of_document
         fields = {
             "tokens": tokens.view(f"V{tokens.strides[0]}")[:, 0],
-            "loss_mask": (documents[:, 1:] == documents[:, :-1]) & real[:, 1:],
+            "loss_mask": (documents[:, 1:] == documents[:, :-1]) & ~padding[:, 1:],
         }
         return fields | {"documents": documents[:, :-1]} if self._separate_documents else fields
 

@@ -186,9 +186,12 @@ def refuse_images(manifest: Manifest, config: DataConfig, address: str) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the process ends, however it ends
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # released when the process ends, however it ends
         yield
+    finally:
+        os.close(descriptor)
 
 
 def _build(store: LocalStore, manifest: Manifest, sequence_tokens: int) -> None:
@@ -210,6 +213,7 @@ def _build(store: LocalStore, manifest: Manifest, sequence_tokens: int) -> None:
 def _write(path: Path, content: Any) -> FileEntry:
     """Write a file under another name, and rename it when it is on the disk. One process at a time holds the lock."""
     temporary = path.with_name(f".{path.name}.writing")
+    temporary.unlink(missing_ok=True)  # of one that was killed, or a link to who knows where
     with HashingFile(temporary) as file:
         file.write(content)
         entry = file.finish()

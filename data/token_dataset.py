@@ -41,7 +41,6 @@ class TokenDataset:
             for file in entry.files():
                 store.check(file)
         self.packing_identity: str | None = None
-        """The packing algorithm and the hash of what it made; None where documents are concatenated."""
         self._packed: tuple[PackedShardEntry, ...] | None = None
         if config.packing == "best_fit":
             packing = read_packing(store, manifest, sequence_tokens)

@@ -45,8 +45,10 @@ def document_blocks(documents: Tensor) -> BlockMask:
 
 def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, grouped: bool) -> Tensor:
     """(B, H, T, head_width) each, fewer heads of keys and values where `grouped` -> the values seen, as the queries."""
-    mixed: Tensor = _compiled(flex_attention)(query, key, value, block_mask=mask, enable_gqa=grouped)
-    return mixed
+    attention: Callable[..., Tensor] = flex_attention
+    if not torch.compiler.is_compiling():  # a block that is compiled as a whole compiles it too
+        attention = _compiled(flex_attention)
+    return attention(query, key, value, block_mask=mask, enable_gqa=grouped)
 
 
 @functools.cache

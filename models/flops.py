@@ -12,7 +12,8 @@ from models.tasks import Task
 
 FLOP_CONVENTION = (
     "forward and backward, 2 FLOPs per multiply-add of every matrix multiplication and convolution; attention over the "
-    "full square, its causal half not discounted; nothing for element-wise work, embedding look-ups or recomputation"
+    "full square, whatever its causal half and separate documents leave out; nothing for element-wise work, embedding "
+    "look-ups or recomputation"
 )
 
 

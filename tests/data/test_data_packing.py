@@ -24,8 +24,10 @@ from data.dataset import open_dataset
 from data.errors import CorruptData
 from data.manifest import fingerprint_of
 from data.packing import best_fit, ensure_packing, head_name, pack_shard
+from data.plan import Plan, Segment, StreamPart
 from data.prepare import prepare
 from data.store import LocalStore, read_manifest
+from data.stream import Stream
 from data.token_dataset import TokenDataset
 from tests.data.data_helpers import prepared_tokens, write_images, write_jsonl
 
@@ -213,6 +215,44 @@ def test_a_packing_never_changes_under_its_version() -> None:
     assert hashlib.sha256(content).hexdigest() == "c44a31c636e217416a5f5d083195ce45be9e6b040cbe0c1af0aeac0a2972dea5"
 
 
+def test_a_mixture_of_packed_streams_keeps_its_documents_apart(corpus: Path) -> None:
+    """Whatever the chunks: a step holds, field by field, what each stream's dataset has of the samples."""
+    datasets = {
+        split: opened(corpus, 16, split, packing="best_fit", separate_documents=True)
+        for split in ("train", "validation")
+    }
+    parts = tuple(
+        StreamPart(name=name, fingerprint=dataset.fingerprint, sequence_tokens=16, quota=quota)
+        for (name, dataset), quota in zip(datasets.items(), (3000, 1096), strict=True)
+    )
+    plan = Plan.of([Segment(start_position=0, streams=parts, seed=3, global_samples=20)])
+    steps = list(
+        Stream(
+            datasets,
+            plan,
+            rank=0,
+            world_size=1,
+            micro_samples=7,
+            position=0,
+            stop_position=200,
+            count_items=lambda batch: int(batch["loss_mask"].sum()),
+        )
+    )
+    assert len(steps) == 10
+    seen = set()
+    for step in steps:
+        assert step.items == sum(int(batch.tensors["loss_mask"].sum()) for batch in step.micro_batches)
+        for batch in step.micro_batches:
+            assert batch.streams is not None
+            assert set(batch.tensors) == {"tokens", "documents", "loss_mask"}
+            for row, (stream, sample) in enumerate(zip(batch.streams, batch.sample_ids, strict=True)):
+                name = plan.streams[int(stream)].name
+                expected, _ = datasets[name].gather(np.array([sample]))
+                assert all((batch.tensors[field][row].numpy() == expected[field][0]).all() for field in expected)
+                seen.add(name)
+    assert seen == set(datasets)
+
+
 # Faults ---------------------------------------------------------------------------------------------------------------
 
 
@@ -349,6 +389,24 @@ def test_a_missing_packing_says_how_to_have_it(small: Path) -> None:
     (small / ".packing.lock").mkdir()
     with pytest.raises(ValueError, match=r"T24.json, .*is not there and cannot be written \(Is a directory\); run"):
         ensure_packing(LocalStore(small), config)
+
+
+def test_nothing_is_written_through_a_link(small: Path, tmp_path: Path) -> None:
+    expected = index_files(small)
+    forget_packing(small)
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    for name in expected:
+        (small / f".{name}.writing").symlink_to(outside)
+        (small / name).symlink_to(outside)
+    (small / head_name(24)).unlink()
+    read_everything(small)
+    assert index_files(small) == expected
+    forget_packing(small)
+    (small / ".packing.lock").symlink_to(outside)
+    with pytest.raises(ValueError, match="cannot be written"):
+        read_everything(small)
+    assert outside.read_text() == "precious"
 
 
 class Elsewhere:
