@@ -113,5 +113,10 @@ def _check_stream(stream: StreamPart, dataset: Dataset | None, position: int) ->
             f"{where} it has sequence_tokens {stream.sequence_tokens}{named}; this stream has "
             f"{dataset.facts.sequence_tokens}"
         )
+    if stream.packing != dataset.packing_identity:
+        raise ValueError(
+            f"{where} its documents are packed as {stream.packing}{named}, and those of {dataset.address} as "
+            f"{dataset.packing_identity}; use the packing-* files of the run"
+        )
     if stream.order not in (GLOBAL_ORDER, WINDOWED_ORDER):
         raise ValueError(f"{where} it has order {stream.order!r}{named}, which this Lockstep does not know; update it")

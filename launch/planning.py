@@ -29,6 +29,7 @@ def segment_of(config: RunConfig, training: Mapping[str, Dataset], start_positio
             lanes=data.lanes if windowed else None,
             window_shards=data.window_shards if windowed else None,
             sequence_tokens=training[name].facts.sequence_tokens,
+            packing=training[name].packing_identity,
         )
         for name, quota in zip(weights, quotas_of(weights), strict=True)
     ]

@@ -30,6 +30,7 @@ class Numbers:
     address: str
     shards: list[int]
     mixes: bool = False
+    packing_identity: str | None = None
     sample_bytes: int = 16
     facts: DatasetFacts = field(default_factory=lambda: DatasetFacts(kind="images"))
 

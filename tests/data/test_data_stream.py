@@ -253,7 +253,13 @@ def test_what_does_not_fit_is_refused(dataset: Dataset) -> None:
         make(dataset, plan_of(dataset, 6).append(segment_of(dataset, 4, start_position=12)), micro_samples=5)
     segment = segment_of(dataset, 4)
     (part,) = segment.streams
-    for change in ({"fingerprint": "0" * 64}, {"sequence_tokens": 17}, {"order": "global-0"}, {"name": "web"}):
+    for change in (
+        {"fingerprint": "0" * 64},
+        {"sequence_tokens": 17},
+        {"order": "global-0"},
+        {"name": "web"},
+        {"packing": "x"},
+    ):
         altered = segment.model_copy(update={"streams": (part.model_copy(update=change),)})
         with pytest.raises(ValueError, match="plan: from position 0"):
             make(dataset, Plan.of([altered]))
