@@ -1,10 +1,13 @@
 """The recipe's `data` section, and the grammar of source addresses. Imports no torch and no numpy."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from data.image_config import AugmentationConfig
 
 SourceKind = Literal["stdlib", "digits", "text", "jsonl", "parquet", "images", "hf"]
 
@@ -14,7 +17,10 @@ SOURCE_FORMS = (
     "stdlib, digits, text:PATH, jsonl:PATH#FIELD, parquet:PATH#COLUMN, images:DIR, hf:NAME[:CONFIG][@SPLIT][#COLUMN]"
 )
 
-# Keys that mean nothing to images.
+# Keys that mean nothing to text, and to images.
+IMAGE_OPTIONS = (
+    "image_size_pixels", "image_channels", "shorter_side_pixels", "interpolation", "augmentation", "workers",
+)  # fmt: skip
 TOKEN_OPTIONS = ("tokenizer", "sequence_tokens", "packing", "separate_documents")
 
 # 256 bytes and the end-of-document token: the smallest vocabulary a byte-level BPE can have.
@@ -118,6 +124,17 @@ class DataConfig(BaseModel):
         None, ge=1, description="resize images to this square; null: as stored, where all must agree"
     )
     image_channels: Literal[1, 3] | None = Field(None, description="grey or RGB; null: as stored")
+    shorter_side_pixels: int | None = Field(
+        None,
+        ge=1,
+        description="where no random part is cut out, resize the shorter side to this and cut image_size_pixels out of the "
+        "middle; null: resize the whole image to the square, whatever its shape",
+    )
+    interpolation: Literal["bilinear", "bicubic"] = Field("bilinear", description="how images are resized, antialiased")
+    augmentation: AugmentationConfig | None = Field(None, description="how training images are altered; null: not")
+    workers: int = Field(
+        0, ge=0, le=256, description="threads per rank that decode and augment images; 0: the prefetch thread itself"
+    )
     prefetch_steps: int = Field(2, ge=1, description="global steps made ready ahead of the training step")
     shard_bytes: int = Field(67_108_864, ge=1, description="a shard is closed before a document would pass this")
 
@@ -128,21 +145,23 @@ class DataConfig(BaseModel):
                 f"separate_documents needs sequence_tokens of at least 2, not {self.sequence_tokens}: of a sequence of "
                 "one token nothing may be left to learn; raise it"
             )
-        images, texts = {"image_size_pixels", "image_channels"}, {*TOKEN_OPTIONS}
         sources = [stream.source for stream in self.streams.values()] or [self.source]
-        kinds = {parse_source(source).kind for source in sources} - {"hf"}
+        kinds = {parse_source(source).kind for source in sources} - {"hf"}  # what that holds is known once it is opened
         are_images = {kind in ("digits", "images") for kind in kinds}
         if len(are_images) > 1:
             raise ValueError(f"streams of text and of images cannot be mixed: {', '.join(sources)}")
-        foreign = (texts if are_images.pop() else images) if are_images else set[str]()
-        # Compared with the defaults, not with what was written: the resolved recipe of a run spells out every key.
-        given = [name for name in sorted(foreign) if getattr(self, name) != type(self).model_fields[name].default]
-        if given:
-            what = "images" if foreign is texts else "text"
-            raise ValueError(
-                f"{', '.join(given)} means nothing to data.source={', '.join(sources)}, which is {what}; remove it"
-            )
+        if are_images:
+            held: Literal["images", "text"] = "images" if are_images.pop() else "text"
+            self.refuse_options_of_other_data(held, f"data.source={', '.join(sources)}")
         return self
+
+    def refuse_options_of_other_data(self, held: Literal["images", "text"], where: str) -> None:
+        """A ValueError that names the keys which mean nothing to the kind of data that `where` holds."""
+        foreign = IMAGE_OPTIONS if held == "text" else TOKEN_OPTIONS
+        # Compared with the defaults, not with what was written: the resolved recipe of a run spells out every key.
+        given = [name for name in foreign if getattr(self, name) != type(self).model_fields[name].default]
+        if given:
+            raise ValueError(f"{', '.join(given)} means nothing to {where}, which is {held}; remove it")
 
     @model_validator(mode="after")
     def _refuse_what_has_no_effect(self) -> "DataConfig":
@@ -154,6 +173,11 @@ class DataConfig(BaseModel):
         given = [name for name in single if getattr(self, name) != fields[name].default]
         if self.streams and given:
             raise ValueError(f"{', '.join(given)} has no effect beside data.streams; give it to each stream")
+        if self.shorter_side_pixels is not None and self.shorter_side_pixels < (self.image_size_pixels or math.inf):
+            raise ValueError(
+                f"shorter_side_pixels {self.shorter_side_pixels} has no square of image_size_pixels "
+                f"{self.image_size_pixels} in it; set image_size_pixels to as much or less"
+            )
         return self
 
     def by_stream(self) -> dict[str, "DataConfig"]:

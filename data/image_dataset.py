@@ -1,22 +1,25 @@
-"""Images of a prepared dataset: random access by sample id, checked as they are read and decoded with Pillow."""
+"""Images of a prepared dataset: random access by sample id, checked as they are read, decoded and augmented."""
 
-import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 from PIL import Image
 
+from data.augment import augmentation_words, augmented, evaluated
 from data.config import DataConfig
 from data.errors import CorruptData
 from data.manifest import RESTORE, ImagesEntry, Manifest, Split
+from data.mixing import mix
+from data.pictures import Mode, decode
 from data.samples import Choices, DatasetFacts, Fields, Hashes, SampleIds, check_range
 from data.shards import ImageShard
 from data.store import Store
 
 
 class ImageDataset:
-    """Images of one split, decoded with Pillow to one size and number of channels."""
+    """Images of one split, brought to one size and number of channels."""
 
     def __init__(self, store: Store, manifest: Manifest, split: Split, config: DataConfig) -> None:
         assert manifest.images is not None
@@ -30,11 +33,14 @@ class ImageDataset:
         self._ends = np.cumsum([entry.documents for entry in self._entries], dtype=np.int64)
         self.shard_samples = np.diff(self._ends, prepend=0)
         self.samples = int(self._ends[-1])
-        self.mixes = False
         self._shards: list[ImageShard | None] = [None] * len(self._entries)
         channels, size = _image_shape(store, manifest.images, config)
-        self._mode = "L" if channels == 1 else "RGB"
-        self._size = size
+        self._mode: Mode = "L" if channels == 1 else "RGB"
+        self._size, self._shorter_side = size, config.shorter_side_pixels
+        self._resample = Image.Resampling[config.interpolation.upper()]
+        self._augmentation, self._workers = config.augmentation, config.workers
+        self.mixes = config.augmentation is not None and config.augmentation.mixes
+        _refuse_colour_choices(store, config, channels)
         self.sample_bytes = channels * size * size
         self.facts = DatasetFacts(
             kind="images",
@@ -45,34 +51,66 @@ class ImageDataset:
         )
 
     def gather(self, sample_ids: SampleIds, choices: Choices | None = None) -> tuple[Fields, Hashes]:
-        """`images` uint8 (n, C, H, W), `labels` int64 (n,), and the hash (n,) of each sample's bytes and label."""
+        """`images` uint8 (n, C, H, W), `labels` int64 (n,), and the hash (n,) of each sample's bytes and label.
+
+        With `choices` the images are augmented where the recipe asks for it; without, they are as evaluation sees them.
+        CorruptData names the first of the samples that cannot be read.
+        """
         check_range(sample_ids, self.samples)
-        count, size, channels = len(sample_ids), self._size, len(self._mode)
-        images = np.empty((count, size, size, channels), dtype=np.uint8)
+        count = len(sample_ids)
+        encoded: list[memoryview] = []
         labels = np.empty(count, dtype=np.int64)
         hashes = np.empty(count, dtype=np.uint64)
         for slot, number in enumerate(np.searchsorted(self._ends, sample_ids, side="right").tolist()):
             shard = self._shard(number)
-            row = int(sample_ids[slot] - (self._ends[number] - shard.rows))
-            encoded, labels[slot] = shard.read(row)
+            content, labels[slot] = shard.read(int(sample_ids[slot] - (self._ends[number] - shard.rows)))
             # The label is the seed, so that an altered label changes the hash too.
-            hashes[slot] = xxhash.xxh3_64_intdigest(encoded, seed=int(labels[slot]))
-            images[slot] = self._decode(encoded, int(sample_ids[slot])).reshape(size, size, channels)
-        # (n, H, W, C) -> (n, C, H, W)
-        return {"images": np.ascontiguousarray(images.transpose(0, 3, 1, 2)), "labels": labels}, hashes
+            hashes[slot] = xxhash.xxh3_64_intdigest(content, seed=int(labels[slot]))
+            encoded.append(content)
+        return {"images": self._decode(encoded, sample_ids, choices), "labels": labels}, hashes
 
-    def _decode(self, encoded: memoryview, sample_id: int) -> npt.NDArray[np.uint8]:
+    def mix(self, fields: Fields, partners: SampleIds, words: npt.NDArray[np.uint64]) -> Fields:
+        """Gathered fields mixed as `data/mixing.py` says: with `partner_labels` int64 (n,) and `label_weights` float32 (n,)."""
+        assert self._augmentation is not None
+        assert self.mixes
+        return mix(fields, partners, words, self._augmentation)
+
+    def _decode(
+        self, encoded: list[memoryview], sample_ids: SampleIds, choices: Choices | None
+    ) -> npt.NDArray[np.uint8]:
+        """The images' pixels (n, C, H, W), each put in its slot by whoever decoded it.
+
+        With workers that is a pool of threads that ends with this call. Threads, because Pillow lets go of the interpreter
+        while it decodes and resizes, which is nearly all there is to do: pixels need not be passed between processes, and
+        no process or shared memory can be left behind.
+        """
+        altered = choices is not None and self._augmentation is not None
+        words = augmentation_words(choices, sample_ids).tolist() if altered and choices is not None else None
+        images = np.empty((len(encoded), len(self._mode), self._size, self._size), dtype=np.uint8)
+
+        def make(slot: int) -> None:
+            image = self._picture(encoded[slot], int(sample_ids[slot]), None if words is None else words[slot])
+            # (H, W, C) or, grey, (H, W) -> (C, H, W)
+            images[slot] = np.moveaxis(np.atleast_3d(np.asarray(image)), 2, 0)
+
+        if self._workers == 0:
+            for slot in range(len(encoded)):
+                make(slot)
+        else:
+            with ThreadPoolExecutor(self._workers, thread_name_prefix="lockstep-images") as pool:
+                for _ in pool.map(make, range(len(encoded))):
+                    pass  # an exception of the first slot that had one is raised here
+        return images
+
+    def _picture(self, encoded: memoryview, sample_id: int, words: list[int] | None) -> Image.Image:
         try:
-            with Image.open(io.BytesIO(encoded)) as stored:
-                image = stored.convert(self._mode)
-        except OSError as error:
+            image = decode(encoded, self._mode)
+        except ValueError as error:
             raise CorruptData(f"{self.address}: image {sample_id} cannot be decoded ({error}); {RESTORE}") from None
-        if image.size != (self._size, self._size):
-            image = image.resize((self._size, self._size), Image.Resampling.BILINEAR)
-        return np.asarray(image)
-
-    def mix(self, fields: Fields, partners: npt.NDArray[np.int64], words: Hashes) -> Fields:
-        raise AssertionError("samples are not mixed")
+        if words is None:
+            return evaluated(image, self._size, self._shorter_side, self._resample)
+        assert self._augmentation is not None
+        return augmented(image, words, self._augmentation, self._size, self._shorter_side, self._resample)
 
     def _shard(self, number: int) -> ImageShard:
         shard = self._shards[number]
@@ -91,3 +129,11 @@ def _image_shape(store: Store, entry: ImagesEntry, config: DataConfig) -> tuple[
     if entry.height_pixels is None or entry.height_pixels != entry.width_pixels:
         raise ValueError(f"{store.address}: images are not squares of one size as stored; set data.image_size_pixels")
     return channels, entry.height_pixels
+
+
+def _refuse_colour_choices(store: Store, config: DataConfig, channels: int) -> None:
+    jitter = config.augmentation and config.augmentation.colour_jitter
+    if jitter and channels == 1 and (jitter.saturation or jitter.hue):
+        raise ValueError(
+            f"{store.address}: data.augmentation.colour_jitter.saturation and hue mean nothing to grey images; remove them"
+        )

@@ -162,7 +162,8 @@ def ensure_packing(store: Store, config: DataConfig, tell: Callable[[str], None]
     if store.read(name) is not None:
         return
     manifest = read_manifest(store)
-    refuse_images(manifest, config, store.address)
+    if manifest.kind == "images":
+        config.refuse_options_of_other_data("images", store.address)
     missing = f"{store.address}: {name}, the packing of its documents, is not there and cannot be written"
     hint = "run `lockstep train` once with this recipe on a copy that can, and copy its packing-* files here"
     if not isinstance(store, LocalStore):
@@ -174,14 +175,6 @@ def ensure_packing(store: Store, config: DataConfig, tell: Callable[[str], None]
                 _build(store, manifest, config.sequence_tokens)
     except OSError as error:
         raise ValueError(f"{missing} ({error.strerror}); {hint}") from error
-
-
-def refuse_images(manifest: Manifest, config: DataConfig, address: str) -> None:
-    """ValueError where the recipe asks of images what only documents have."""
-    if manifest.kind == "images":
-        for key in ("packing", "separate_documents"):
-            if getattr(config, key) != DataConfig.model_fields[key].default:
-                raise ValueError(f"data.{key} means nothing to {address}, which is images; remove it")
 
 
 @contextlib.contextmanager

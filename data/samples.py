@@ -57,7 +57,7 @@ class Dataset(Protocol):
     def sample_bytes(self) -> int: ...
     @property
     def mixes(self) -> bool:
-        """Whether samples are mixed in pairs, by `mix`."""
+        """Whether training samples are mixed with partners from the same global step, see `mix`."""
         ...
 
     @property
@@ -69,8 +69,11 @@ class Dataset(Protocol):
         """The fields of samples (n,) and the hash (n,) of each one's stored content; without `choices` as evaluated."""
         ...
 
-    def mix(self, fields: Fields, partners: npt.NDArray[np.int64], words: Hashes) -> Fields:
-        """Mix each of the first n rows of `fields` with the row that `partners` (n,) names, by random words (n,)."""
+    def mix(self, fields: Fields, partners: SampleIds, words: npt.NDArray[np.uint64]) -> Fields:
+        """The first n rows of gathered fields, each mixed with row `partners[k]`, by the random word `words[k]`; both (n,).
+
+        Only where `mixes`. The fields may be others than those that were gathered, and rows from n on are only partners.
+        """
         ...
 
 

@@ -17,21 +17,23 @@ _RULES: dict[Verdict, tuple[str, ...]] = {
     # What the run computes stays the same, or differs by rounding; data.source is held to the dataset's fingerprint.
     "harmless": (
         "run.name", "run.directory", "run.device", "run.max_skipped_in_a_row", "data.directory",
-        "data.prefetch_steps", "data.source", "data.streams.*.source", "data.streams.*.directory",
+        "data.prefetch_steps", "data.source", "data.streams.*.source", "data.streams.*.directory", "data.workers",
         "batch.micro_samples", "parallel.engine", "parallel.zero_stage", "parallel.replicas", "parallel.offload",
         "parallel.activation_checkpointing", "parallel.compile", "parallel.deepspeed_config",
         "parallel.timeout_seconds", "checkpoint.", "evaluation.", "tracking.",
     ),
-    # The curve differs from here on, which may be what is wanted.
+    # The curve differs from here on, which may be what is wanted. Augmentation alters training samples alone, neither which
+    # ones they are nor what evaluation sees.
     "needs --allow-change": (
         "run.steps", "run.deterministic", "batch.global_samples", "optimizer.", "schedule.", "parallel.precision",
-        "task.label_smoothing", "model.dropout", "data.max_epochs", "data.streams.",
+        "task.label_smoothing", "model.dropout", "data.max_epochs", "data.streams.", "data.augmentation.",
     ),
     # It would not be the same run: other samples, another function, or state that fits no more.
     "impossible": (
         "run.seed", "model.", "task.", "data.tokenizer", "data.validation_fraction", "data.sequence_tokens",
-        "data.image_size_pixels", "data.image_channels", "data.shard_bytes", "data.order", "data.lanes",
-        "data.window_shards", "data.packing", "data.separate_documents", "optimizer.kind",
+        "data.image_size_pixels", "data.image_channels", "data.shorter_side_pixels", "data.interpolation",
+        "data.shard_bytes", "data.order", "data.lanes", "data.window_shards", "data.packing",
+        "data.separate_documents", "optimizer.kind",
     ),
 }  # fmt: skip
 _VERDICTS: dict[str, Verdict] = {rule: verdict for verdict, rules in _RULES.items() for rule in rules}

@@ -167,8 +167,10 @@ class LanguageModelling:
 
 
 class Classification:
-    """Image classification: {"images": (B, C, H, W) uint8, "labels": (B,) int64}.
+    """Image classification: {"images": (B, C, H, W) uint8, "labels": (B,) int64}, and of mixed images (mixup, CutMix)
+    "partner_labels": (B,) int64 and "label_weights": (B,) float32 in [0, 1] as well.
 
+    A mixed image has two targets: its loss is w x that of its own label + (1 - w) x that of its partner's, and it is one item.
     Pixels become (pixel / 255 - mean) / std on the device. Metrics: loss (nats per sample), accuracy, macro precision
     and recall (see `models.metrics.macro_precision_recall` for classes that do not occur), samples.
     """
@@ -191,10 +193,14 @@ class Classification:
         return batch["labels"].shape[0]
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> LossSum:
-        logits = model(self._normalise(batch["images"]))  # (B, classes)
-        losses = F.cross_entropy(
-            logits.float(), batch["labels"], reduction="none", label_smoothing=self.label_smoothing
-        )
+        logits = model(self._normalise(batch["images"])).float()  # (B, classes)
+        losses = F.cross_entropy(logits, batch["labels"], reduction="none", label_smoothing=self.label_smoothing)
+        if "partner_labels" in batch:
+            others = F.cross_entropy(
+                logits, batch["partner_labels"], reduction="none", label_smoothing=self.label_smoothing
+            )
+            # Not w x (own - other) + other: a weight of exactly 1 must leave the loss to the last bit.
+            losses = batch["label_weights"] * losses + (1.0 - batch["label_weights"]) * others
         return LossSum(losses.sum(), losses.shape[0], losses.detach())
 
     @torch.no_grad()

@@ -437,7 +437,7 @@ def test_images_have_no_documents(tmp_path: Path) -> None:
     # What a source of the hub holds is known only when it is there.
     for options in ({"packing": "best_fit"}, {"separate_documents": True}):
         config = DataConfig.model_validate({"source": "hf:pictures", **options})
-        with pytest.raises(ValueError, match=f"data.{next(iter(options))} means nothing to .*, which is images"):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} means nothing to .*, which is images"):
             open_dataset(LocalStore(directory), config, "train")
     with pytest.raises(ValueError, match="means nothing to"):
         ensure_packing(LocalStore(directory), DataConfig(source="hf:pictures", packing="best_fit"))
