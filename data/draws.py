@@ -31,7 +31,7 @@ def integer(word: int, count: int) -> int:
 
 
 def uniform(word: int, low: float = 0.0, high: float = 1.0) -> float:
-    """A number of [low, high), in steps of 2^-53 of the way: the word's upper 53 bits."""
+    """A number of [low, high), rounded: the word's upper 53 bits of the way."""
     return low + (high - low) * ((word >> 11) * 2.0**-53)
 
 
