@@ -1,14 +1,16 @@
 """Small real datasets and streams for the tests of the data room."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from data.config import DataConfig
+from data.manifest import fingerprint_of
 from data.plan import Plan, Segment, StreamPart
 from data.prepare import prepare
 from data.samples import Dataset
@@ -71,3 +73,12 @@ def segment_of(dataset: Dataset, global_samples: int, seed: int = 1, start_posit
 def count_targets(batch: Mapping[str, torch.Tensor]) -> int:
     """Items of a batch of tokens: its targets that are not a space, so that samples differ in their number."""
     return int((batch["tokens"].long()[:, 1:] != 32).sum())
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Alter the manifest and give it the fingerprint that fits: what a forger or a newer version would write."""
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())["manifest"]
+    change(manifest)
+    document = {"fingerprint": fingerprint_of(manifest), "manifest": manifest}
+    path.write_text(json.dumps(document, sort_keys=True, indent=1) + "\n")

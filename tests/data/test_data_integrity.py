@@ -14,27 +14,18 @@ import xxhash
 from data.config import DataConfig
 from data.dataset import open_dataset
 from data.errors import CorruptData
-from data.manifest import BLOCK_BYTES, Manifest, fingerprint_of
+from data.manifest import BLOCK_BYTES, Manifest
 from data.prepare import prepare
 from data.store import LocalStore, read_manifest
 from data.stream import Stream
 from data.tokenizers import load_tokenizer
-from tests.data.data_helpers import plan_of, prepared_tokens, token_config, write_images, write_jsonl
+from tests.data.data_helpers import plan_of, prepared_tokens, rewrite, token_config, write_images, write_jsonl
 
 
 def read_everything(directory: Path, config: DataConfig) -> None:
     for split in ("train", "validation"):
         dataset = open_dataset(LocalStore(directory), config, split)  # type: ignore[arg-type]
         dataset.gather(np.arange(dataset.samples))
-
-
-def rewrite(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Alter the manifest and give it the fingerprint that fits: what a forger or a newer version would write."""
-    path = directory / "manifest.json"
-    manifest = json.loads(path.read_text())["manifest"]
-    change(manifest)
-    document = {"fingerprint": fingerprint_of(manifest), "manifest": manifest}
-    path.write_text(json.dumps(document, sort_keys=True, indent=1) + "\n")
 
 
 @pytest.fixture

@@ -112,6 +112,14 @@ BAD: dict[str, tuple[str, list[str], list[str]]] = {
         GOOD, ["schedule.kind=constant", "schedule.final_fraction=0.5"], ["final_fraction", "schedule.kind=constant"],
     ),
     "size of images that are text": (GOOD, ["data.image_size_pixels=8"], ["image_size_pixels", "data.source=", "text"]),
+    "workers for text": (GOOD, ["data.workers=2"], ["workers means nothing to data.source=", "text"]),
+    "augmentation of nothing": (
+        GOOD, ["data.source=digits", "data.augmentation.flip=0"], ["data.augmentation", "asks for nothing"],
+    ),
+    "a misspelt augmentation": (
+        GOOD, ["data.source=digits", "data.augmentation.colour_jitter.hew=0.1"],
+        ["data.augmentation.colour_jitter.hew", "nearest: data.augmentation.colour_jitter.hue"],
+    ),
     "tokens of images": (
         GOOD, ["data.source=digits", "data.sequence_tokens=8"], ["sequence_tokens", "data.source=digits", "images"],
     ),

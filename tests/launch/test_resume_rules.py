@@ -66,6 +66,22 @@ def test_what_makes_another_run_is_impossible(override: str, allow_change: bool)
         refuse_impossible_changes(BEFORE, changed(override), allow_change=allow_change)
 
 
+def test_augmentation_may_change_with_permission_and_workers_freely() -> None:
+    before, augmented, workers, smoother = (
+        load_recipe("resnet-digits", overrides)
+        for overrides in ([], ["data.augmentation.flip=0.5"], ["data.workers=3"], ["data.interpolation=bicubic"])
+    )
+    for first, second in ((before, augmented), (augmented, before)):
+        with pytest.raises(
+            ValueError, match=r"needs --allow-change: data\.augmentation.flip: .* permit it with --allow-change"
+        ):
+            refuse_impossible_changes(first, second, allow_change=False)
+        assert refuse_impossible_changes(first, second, allow_change=True)
+    assert refuse_impossible_changes(before, workers, allow_change=False) == ["data.workers: 0 -> 3 (harmless)"]
+    with pytest.raises(ValueError, match=r"impossible: data\.interpolation"):
+        refuse_impossible_changes(before, smoother, allow_change=True)
+
+
 def test_nothing_changed_is_nothing_told() -> None:
     assert refuse_impossible_changes(BEFORE, load_recipe("gpt-stdlib"), allow_change=False) == []
 

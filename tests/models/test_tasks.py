@@ -240,6 +240,37 @@ def test_a_users_own_task():
         build_task(TaskConfig(kind="tests.models.own_model:build_wrong_task"), classes=10)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_mixed_image_has_two_targets_and_is_one_item(smoothing):
+    """The loss is that of a soft target: w on one label, 1 - w on the other, in float64 by hand."""
+    task = build_task(TaskConfig(kind="classification", label_smoothing=smoothing), classes=5)
+    logits = random(6, 5)
+    weights = torch.tensor([0.0, 1.0, 0.5, 0.3, 0.9, 0.25])
+    batch = {"images": torch.zeros(6, 1, 2, 2, dtype=torch.uint8), "labels": torch.tensor([0, 1, 2, 3, 4, 0])}
+    mixed = {**batch, "partner_labels": torch.tensor([1, 0, 2, 4, 3, 4]), "label_weights": weights}
+    one_hot = torch.eye(5, dtype=torch.float64)
+    targets = weights.double()[:, None] * one_hot[mixed["labels"]]
+    targets += (1 - weights.double())[:, None] * one_hot[mixed["partner_labels"]]
+    targets = (1 - smoothing) * targets + smoothing / 5
+    expected = -(targets * torch.log_softmax(logits.double(), -1)).sum(-1)
+    model = Scores(logits)
+    result = task.loss(model, mixed)
+    np.testing.assert_allclose(result.per_sample.numpy(), expected.numpy(), rtol=1e-6)
+    assert result.total.item() == pytest.approx(expected.sum().item(), rel=1e-6)
+    assert result.items == task.items(mixed) == 6
+    result.total.backward()
+    gradient = torch.softmax(logits.double(), -1) - targets
+    np.testing.assert_allclose(model.logits.grad.numpy(), gradient.numpy(), atol=1e-6)
+    # Weights of 1 and 0, and equal labels, are single targets, to the last bit where a weight decides it.
+    own, partners = (task.loss(Scores(logits), {**batch, "labels": mixed[key]}) for key in ("labels", "partner_labels"))
+    assert result.per_sample[1] == own.per_sample[1]
+    assert result.per_sample[0] == partners.per_sample[0]
+    assert result.per_sample[2].item() == pytest.approx(own.per_sample[2].item(), rel=1e-6)
+    # Evaluation knows only what an image is.
+    plain, other = (task.evaluate(Scores(logits), one) for one in (batch, mixed))
+    assert torch.equal(plain["loss_sum"], other["loss_sum"])
+
+
 @pytest.mark.parametrize(
     ("config", "settings", "shape", "rate"),
     [(TEXT, TINY_GPT, TEXT_SHAPE, 0.5), (IMAGES, {"kind": "resnet", "layers": 20, "norm": "group"}, IMAGE_SHAPE, 0.05)],
