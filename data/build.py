@@ -2,16 +2,14 @@
 
 import contextlib
 import hashlib
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
-
 from data.config import DataConfig
 from data.manifest import SPLITS, ImagesEntry, Manifest, ShardEntry, SourceEntry, Split, SplitEntry
+from data.pictures import GREY_MODES, decode
 from data.shards import ImageShardWriter, TokenShardWriter
 from data.sources import Document, EncodedImage, ImageSource, TextSource
 from data.tokenizers import ByteTokenizer, Tokenizer, load_published, tokenizer_entry, train_bpe
@@ -20,8 +18,6 @@ Progress = Callable[[int, int], None]
 
 # Documents are tokenized together in groups of about this size: enough for the library's threads, little in memory.
 GROUP_CHARACTERS = 4_000_000
-GREY_MODES = frozenset({"1", "L", "LA"})
-COLOUR_MODES = frozenset({"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"})
 
 
 def split_of(content: bytes, validation_fraction: float) -> Split:
@@ -201,15 +197,10 @@ def build_images(source: ImageSource, config: DataConfig, workspace: Path, progr
 def _shape(image: EncodedImage) -> tuple[Literal[1, 3], int, int]:
     """Channels, height and width of an image that can be decoded; a ValueError for one that cannot."""
     try:
-        with Image.open(io.BytesIO(image.encoded)) as decoded:
-            decoded.load()
-            width, height = decoded.size
-            mode = decoded.mode
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
-        raise ValueError(f"source {image.where}: not an image that Pillow reads ({error}); remove the file") from None
-    if mode not in GREY_MODES | COLOUR_MODES:
-        raise ValueError(f"source {image.where}: {mode} pixels do not fit in 8 bits; convert the image to 8 bits")
-    return 1 if mode in GREY_MODES else 3, height, width
+        decoded = decode(image.encoded)
+    except ValueError as error:
+        raise ValueError(f"source {image.where}: cannot be decoded ({error}); convert the file or remove it") from None
+    return 1 if decoded.mode in GREY_MODES else 3, decoded.height, decoded.width
 
 
 def _common_shape(names: tuple[str, ...], shapes: set[tuple[Literal[1, 3], int, int]]) -> ImagesEntry:

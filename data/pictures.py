@@ -52,7 +52,7 @@ def _decode(encoded: bytes | memoryview, mode: Mode | None) -> Image.Image:
     if width * height > MOST_PIXELS:
         raise ValueError(f"{width} x {height} pixels are more than {MOST_PIXELS:,}")
     if stored.mode not in GREY_MODES | COLOUR_MODES:
-        raise ValueError(f"{stored.mode} pixels do not fit in 8 bits; convert the image to 8 bits")
+        raise ValueError(f"{stored.mode} pixels do not fit in 8 bits")
     stored.load()
     image = stored if mode is None or stored.mode == mode else stored.convert(mode)
     orientation = _orientation(stored)

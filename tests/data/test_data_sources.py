@@ -228,7 +228,7 @@ def test_hugging_face_images_from_a_local_folder(tmp_path: Path) -> None:
         ("parquet:{}/latin.txt#text", "not a Parquet file"),
         ("parquet:{}/table.parquet#text", r"no column 'text'; its columns are \['body', 'number'\]"),
         ("parquet:{}/table.parquet#number", "row 0 of column 'number' is not text"),
-        ("images:{}/broken", "not an image that Pillow reads"),
+        ("images:{}/broken", "cut.png: cannot be decoded"),
         ("images:{}/other", "notes.txt: not an image"),
         ("images:{}/deep", "do not fit in 8 bits"),
     ],
