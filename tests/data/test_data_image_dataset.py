@@ -210,7 +210,7 @@ def test_no_thread_outlives_what_it_was_started_for(photos: Path, broken: Path) 
     for root, ends in ((photos, contextlib.nullcontext()), (broken, pytest.raises(CorruptData))):
         source = opened(root, workers=2)
         stream = Stream(
-            source,
+            {"": source},
             plan_of(source, 8),
             rank=0,
             world_size=1,
