@@ -34,6 +34,10 @@ SHORTENED = {
     "gpt-stdlib": [*SMALL_TEXT],
     "lenet-digits": [],
     "resnet-digits": ["batch.global_samples=8", "batch.micro_samples=4", "evaluation.samples=8"],
+    "resnet50-imagenet": [
+        "data.source=digits", "data.validation_fraction=0.2", "data.image_size_pixels=32", "data.shorter_side_pixels=36",
+        "data.workers=2", "model.layers=18", "batch.global_samples=8", "batch.micro_samples=4", "evaluation.samples=8",
+    ],
     "gpt2-124m": [
         *SMALL_TEXT, "model.layers=2", "model.width=64", "model.heads=4", "model.vocabulary_size=300",
         "model.context_tokens=64", "data.sequence_tokens=64",
