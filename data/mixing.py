@@ -7,7 +7,8 @@ decides. Every sample draws for itself, coin, weight and rectangle (`elem` in ti
 are two different mixtures.
 
 Mixed pixels are rounded to uint8, as timm's FastCollateMixup does on the host: a batch stays as small as an unmixed one. The
-weight is a whole number of 1/65536, so the arithmetic is of integers and the label's weight is exactly that of the pixels.
+weight is a whole number of 1/256, finer than which a level of uint8 hardly shows: so the arithmetic is of integers, fits 16
+bits, which is many times as fast as 32, and the label's weight is exactly that of the pixels.
 """
 
 import math
@@ -22,7 +23,7 @@ from data.samples import Fields, SampleIds
 Pixels = npt.NDArray[np.uint8]
 
 _COIN, _FIRST, _SECOND, _ROW, _COLUMN = range(5)
-_ONE = 1 << 16
+_ONE = 256
 
 
 def mix(fields: Fields, partners: SampleIds, words: npt.NDArray[np.uint64], config: AugmentationConfig) -> Fields:
@@ -53,18 +54,19 @@ def _mix_images(own: Pixels, partner: Pixels, draws: list[int], config: Augmenta
     share = symmetric_beta(draws[_FIRST], draws[_SECOND], alpha)
     if cut:
         return paste(own, partner, share, draws[_ROW], draws[_COLUMN])
-    return blend(own, partner, round(share * _ONE)), round(share * _ONE) / _ONE
+    weight = round(share * _ONE)
+    return blend(own, partner, weight), weight / _ONE
 
 
 def blend(own: Pixels, partner: Pixels, weight: int) -> Pixels:
-    """weight / 65536 of one image and the rest of another, rounded to the nearest level, halves up."""
-    mixed = own.astype(np.uint32)
-    mixed *= np.uint32(weight)
-    other = partner.astype(np.uint32)
-    other *= np.uint32(_ONE - weight)
-    mixed += other
-    mixed += np.uint32(_ONE // 2)
-    mixed >>= np.uint32(16)
+    """weight / 256 of one image and the rest of another, rounded to the nearest level, halves up."""
+    mixed = own.astype(np.uint16)
+    mixed *= np.uint16(weight)
+    other = partner.astype(np.uint16)
+    other *= np.uint16(_ONE - weight)
+    mixed += other  # at most 255 x 256
+    mixed += np.uint16(_ONE // 2)
+    mixed >>= np.uint16(8)
     return mixed.astype(np.uint8)
 
 

@@ -108,9 +108,12 @@ def test_partners_are_neighbours_of_the_step(root: Path) -> None:
     for step in rows(dataset, plan_of(dataset, 7), world_size=1, micro_samples=7, position=0, stop=70):
         labels = step["labels"]
         assert torch.equal(step["partner_labels"], labels[[1, 0, 3, 2, 5, 4, 5]])
-    words = [rows(dataset, plan_of(dataset, 8), world_size=1, micro_samples=8, position=0, stop=800)]
-    weights = torch.cat([step["label_weights"] for step in words[0]])
-    assert len(weights.unique()) > 780  # each sample draws for itself, in each step anew
+    steps = rows(dataset, plan_of(dataset, 8), world_size=1, micro_samples=8, position=0, stop=800)
+    weights = torch.stack([step["label_weights"] for step in steps])
+    # Each slot draws for itself, partners too, and in each step anew.
+    assert len(weights.unique(dim=0)) == 100
+    assert len(weights.unique(dim=1)[0]) == 8
+    assert (weights[:, 0::2] != weights[:, 1::2]).float().mean() > 0.97
 
 
 def test_a_sample_is_altered_anew_in_each_epoch_and_never_for_evaluation(root: Path) -> None:

@@ -43,12 +43,12 @@ def neighbours(count: int) -> np.ndarray:
 
 @given(
     pair=arrays.arrays(np.uint8, (2, 1, 4, 4)),
-    weight=st.one_of(st.integers(0, 65536), st.sampled_from([0, 1, 32768, 65535, 65536])),
+    weight=st.one_of(st.integers(0, 256), st.sampled_from([0, 1, 128, 255, 256])),
 )
 @settings(max_examples=200, deadline=None)
 def test_a_blend_is_the_nearest_level(pair: np.ndarray, weight: int) -> None:
     own, partner = pair.astype(object)  # exact integers of any size
-    exact = (own * weight + partner * (65536 - weight) + 32768) // 65536
+    exact = (own * weight + partner * (256 - weight) + 128) // 256
     assert np.array_equal(blend(pair[0], pair[1], weight), exact.astype(np.int64))
 
 
@@ -134,23 +134,28 @@ def test_a_sample_without_a_partner_is_itself() -> None:
 
 
 def test_mixtures_that_must_never_change() -> None:
+    """Golden values: both kinds are among them."""
     mixed = mix(batch(6), neighbours(6), some_words(6), BOTH)
     assert mixed["label_weights"].tolist() == [
-        0.988616943359375,
+        0.98828125,
         0.9666666388511658,
         0.7333333492279053,
         0.8666666746139526,
-        0.082489013671875,
+        0.08203125,
         0.8666666746139526,
     ]
-    assert mixed["images"].reshape(6, -1).sum(axis=1).tolist() == [11853, 11449, 11945, 11494, 10578, 10423]
+    assert mixed["images"].reshape(6, -1).sum(axis=1).tolist() == [11855, 11449, 11945, 11494, 10578, 10423]
 
 
 def test_weights_have_their_law_and_the_coin_is_fair() -> None:
     count = 4000
     fields = sources(count, 2)
     weights = mix(fields, neighbours(count), some_words(count), MIXUP)["label_weights"]
-    assert stats.kstest(weights, stats.beta(0.4, 0.4).cdf).pvalue > DOUBTFUL
+    # Rounded to 1/256: as many between two halves of a level as the law has there.
+    edges = np.array([0.5, 3.5, 20.5, 63.5, 127.5, 180.5, 240.5, 254.5, 255.5]) / 256
+    cells = np.diff(stats.beta(0.4, 0.4).cdf(edges), prepend=0.0, append=1.0)
+    counts = np.diff(np.searchsorted(np.sort(weights), edges), prepend=0, append=count)
+    assert stats.chisquare(counts, cells * count).pvalue > DOUBTFUL
     both = mix(fields, neighbours(count), some_words(count), BOTH)["label_weights"]
     cut = mix(fields, neighbours(count), some_words(count), CUTMIX)["label_weights"]
     blended = mix(fields, neighbours(count), some_words(count), MIXUP)["label_weights"]
