@@ -119,6 +119,7 @@ def measure(rounds: int) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "numpy", "pillow")}
         | {"libjpeg-turbo": features.version("libjpeg_turbo")},
+        "load": [round(load, 1) for load in os.getloadavg()],
         "rounds": rounds,
         "images": IMAGES,
         "images_per_round": images,
@@ -151,7 +152,7 @@ def table(results: dict[str, Any]) -> str:
         f"""# Images by workers
 
 `{results["command"]}`, {results["date"]}, {results["device"]}, {versions}; {results["rounds"]} rounds of
-{results["images_per_round"]} images, alternating.
+{results["images_per_round"]} images, alternating; the machine's load at the end {results["load"][0]} (1 minute), {results["load"][2]} (15 minutes).
 
 {results["images"]:,} JPEGs of {STORED[0]} x {STORED[1]} pixels and {results["stored_bytes"]:,} bytes on average, cut out of
 scikit-learn's two photographs, to {SIZE} x {SIZE}; batches of {BATCH_SAMPLES}, warm page cache. The dataset is opened anew each
