@@ -151,8 +151,9 @@ def table(results: dict[str, Any]) -> str:
     return (
         f"""# Images by workers
 
-`{results["command"]}`, {results["date"]}, {results["device"]}, {versions}; {results["rounds"]} rounds of
-{results["images_per_round"]} images, alternating; the machine's load at the end {results["load"][0]} (1 minute), {results["load"][2]} (15 minutes).
+`{results["command"]}`, {results["date"]}, {results["device"]}, {versions};
+{results["rounds"]} rounds of {results["images_per_round"]} images, alternating. The machine's load at the end was
+{results["load"][0]} (1 minute) and {results["load"][2]} (15 minutes).
 
 {results["images"]:,} JPEGs of {STORED[0]} x {STORED[1]} pixels and {results["stored_bytes"]:,} bytes on average, cut out of
 scikit-learn's two photographs, to {SIZE} x {SIZE}; batches of {BATCH_SAMPLES}, warm page cache. The dataset is opened anew each
