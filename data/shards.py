@@ -212,33 +212,37 @@ class CheckedFile:
 class TokenShard:
     """One token shard, cut into samples of `sequence_tokens` inputs and the target after the last."""
 
-    def __init__(
-        self, store: Store, entry: ShardEntry, dtype: str, sequence_tokens: int, *, separate_documents: bool = False
-    ) -> None:
+    def __init__(self, store: Store, entry: ShardEntry, dtype: str, sequence_tokens: int) -> None:
         assert entry.tokens is not None
         self._data = CheckedFile(store, entry.data)
         stored = np.dtype(dtype).newbyteorder("<")
         self.samples = samples_of(entry.tokens, sequence_tokens)
         self._sequence_tokens = sequence_tokens
-        self._separate_documents = separate_documents
         self._stride_bytes = sequence_tokens * stored.itemsize
         self._row_bytes = (sequence_tokens + 1) * stored.itemsize
-        # Row i is the bytes of tokens [iT, iT + T]: rows overlap, each one's last token is the next one's first.
-        # Opaque rows are copied somewhat faster than rows of integers.
-        self._rows: npt.NDArray[np.void] = np.ndarray(
-            (self.samples,), f"V{self._row_bytes}", self._data.map, strides=(self._stride_bytes,)
-        )
         self._document_ends = read_document_ends(store, entry)
 
-    def gather(self, rows: npt.NDArray[np.int64]) -> Fields:
-        """Samples (n,) by their rows: `tokens`, opaque (n,), each the bytes of its T + 1 tokens, copied out of the map.
+    @property
+    def map(self) -> mmap.mmap:
+        """The shard's bytes. Row i is those of tokens [iT, iT + T]: each row's last token is the next one's first."""
+        return self._data.map
 
-        With documents apart, also `documents` and `loss_mask`, as `data.samples.Dataset` has them.
-        """
+    @property
+    def checked(self) -> bool:
+        """Whether every block has been checked."""
+        return self._data.checked
+
+    def check(self, rows: npt.NDArray[np.int64]) -> None:
+        """Make sure that the blocks of rows (n,) are as prepared; CorruptData if not."""
         first = rows * self._stride_bytes
         self._data.check_ranges(first, first + self._row_bytes)
-        tokens = {"tokens": self._rows[rows]}
-        return tokens | self._boundaries(rows * self._sequence_tokens) if self._separate_documents else tokens
+
+    def gather(self, rows: npt.NDArray[np.int64]) -> Fields:
+        """What keeps the documents of samples (n,) apart: `documents` and `loss_mask`, as `data.samples.Dataset` has them.
+
+        Their tokens are copied by `MappedRows`, those of many shards at once.
+        """
+        return self._boundaries(rows * self._sequence_tokens)
 
     def _boundaries(self, first: npt.NDArray[np.int64]) -> Fields:
         """`documents` and `loss_mask` of the samples whose first tokens are at `first` (n,) in the shard."""
@@ -251,6 +255,38 @@ class TokenShard:
         begins[samples, begin_at] = 1
         documents = np.cumsum(begins[:, :-1], axis=1, dtype=begins.dtype)
         return {"documents": documents, "loss_mask": begins[:, 1:] == 0}
+
+
+class MappedRows:
+    """Rows of one size wherever they begin in the memory of some maps: rows of many maps are copied in one call.
+
+    To NumPy it is one array that reaches from the first map's beginning to the last one's end, with a row at each byte.
+    """
+
+    def __init__(self, row_bytes: int, maps: tuple[mmap.mmap, ...] = ()) -> None:
+        self._row_bytes = row_bytes
+        self._maps = maps  # keeps them mapped
+        if maps:
+            self._first = min(address_of(map) for map in maps)
+            stop = max(address_of(map) + len(map) for map in maps)
+            shape = (stop - self._first - row_bytes + 1,)
+            self.__array_interface__ = {
+                "version": 3, "data": (self._first, True), "shape": shape, "strides": (1,), "typestr": f"|V{row_bytes}",
+            }  # fmt: skip
+            self._rows = np.asarray(self)
+
+    def with_map(self, map: mmap.mmap) -> "MappedRows":
+        """These and the rows of one more map."""
+        return MappedRows(self._row_bytes, (*self._maps, map))
+
+    def copy(self, addresses: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
+        """Copies (n,) of the rows at addresses (n,), each of which must lie, to its last byte, in one of the maps."""
+        return self._rows[addresses - self._first]
+
+
+def address_of(map: mmap.mmap) -> int:
+    """Where a map begins in memory."""
+    return int(np.frombuffer(map, dtype=np.uint8).__array_interface__["data"][0])
 
 
 def samples_of(tokens: int, sequence_tokens: int) -> int:

@@ -7,15 +7,16 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from data.buffers import RowBuffers
 from data.config import DataConfig
 from data.manifest import Manifest, Split
 from data.packed_shard import PackedShard, index_errors
 from data.packing import PackedShardEntry, read_packing
 from data.samples import Choices, DatasetFacts, Fields, Hashes, SampleIds, check_range
-from data.shards import TokenShard, document_dtype, samples_of
+from data.shards import MappedRows, TokenShard, address_of, document_dtype, samples_of
 from data.store import Store
 
-# What is copied out of a shard at once: it is hashed and put in its place while it is in the processor's cache.
+# What is copied out of the maps at once: it is put in its place while it is in the processor's cache.
 PIECE_BYTES = 256 * 1024
 
 
@@ -62,14 +63,21 @@ class TokenDataset:
                 f"shard has {longest} tokens (one more than a sequence is needed); lower it or add data"
             )
         self._shards: list[TokenShard | PackedShard | None] = [None] * len(self._entries)
-        self._row_bytes = (sequence_tokens + 1) * np.dtype(manifest.dtype).itemsize
+        item_bytes = np.dtype(manifest.dtype).itemsize
+        row_bytes = (sequence_tokens + 1) * item_bytes
+        self._stride_bytes = sequence_tokens * item_bytes
+        self._checked = np.zeros(len(self._entries), dtype=np.bool_)  # shards of which every block is
+        # Where sample 0 would lie if all samples lay one after the other as they do in this shard.
+        self._origins = np.zeros(len(self._entries), dtype=np.int64)
+        self._mapped = MappedRows(row_bytes)
+        self._buffers = RowBuffers(row_bytes)
         self._boundary_fields: dict[str, np.dtype[Any]] = {}
         if config.separate_documents:
             self._boundary_fields["documents"] = document_dtype(sequence_tokens)
         if config.separate_documents or self._packed is not None:
             self._boundary_fields["loss_mask"] = np.dtype(np.bool_)
         boundary_bytes = sum(dtype.itemsize for dtype in self._boundary_fields.values())
-        self.sample_bytes = self._row_bytes + boundary_bytes * sequence_tokens
+        self.sample_bytes = row_bytes + boundary_bytes * sequence_tokens
         self.facts = DatasetFacts(
             kind="tokens",
             vocabulary_size=manifest.tokenizer.vocabulary_size,
@@ -84,17 +92,37 @@ class TokenDataset:
         """
         check_range(sample_ids, self.samples)
         samples = len(sample_ids)
-        fields: Fields = {"tokens": np.empty(samples, dtype=f"V{self._row_bytes}")}
-        for name, dtype in self._boundary_fields.items():
-            fields[name] = np.empty((samples, self._sequence_tokens), dtype=dtype)
-        hashes = np.empty(samples, dtype=np.uint64)
-        for shard, slots, shard_rows in self._pieces(sample_ids):
-            piece = shard.gather(shard_rows)
-            hashes[slots] = _hash_rows(piece["tokens"])
-            for name, field in fields.items():
-                field[slots] = piece[name]
-        fields["tokens"] = fields["tokens"].view(self._dtype).reshape(samples, self._sequence_tokens + 1)
-        return fields, hashes
+        rows, views = self._buffers.take(samples)
+        boundaries: Fields = {
+            name: np.empty((samples, self._sequence_tokens), dtype) for name, dtype in self._boundary_fields.items()
+        }
+        by_shard = boundaries if self._packed is None else boundaries | {"tokens": rows}
+        if self._packed is None:
+            self._copy(sample_ids, rows)
+        if by_shard:
+            for shard, slots, shard_rows in self._pieces(sample_ids):
+                piece = shard.gather(shard_rows)
+                for name, field in by_shard.items():
+                    field[slots] = piece[name]
+        digests = b"".join(map(xxhash.xxh3_64_digest, views[:samples]))
+        tokens = rows.view(self._dtype).reshape(samples, self._sequence_tokens + 1)
+        return {"tokens": tokens} | boundaries, np.frombuffer(digests, ">u8").astype(np.uint64)
+
+    def _copy(self, sample_ids: SampleIds, rows: npt.NDArray[np.void]) -> None:
+        """Copy samples (n,) into rows (n,), once their shards are mapped and their blocks checked."""
+        shard_of = np.searchsorted(self._ends, sample_ids, side="right")
+        unchecked = ~self._checked[shard_of]
+        if unchecked.any():
+            for number in np.unique(shard_of[unchecked]).tolist():
+                shard = self._shard(number)
+                assert isinstance(shard, TokenShard)
+                shard.check(sample_ids[shard_of == number] - (self._ends[number] - shard.samples))
+                self._checked[number] = shard.checked
+        addresses, mapped = sample_ids * self._stride_bytes + self._origins[shard_of], self._mapped
+        piece_samples = max(1, PIECE_BYTES // self.sample_bytes)
+        for start in range(0, len(rows), piece_samples):
+            piece = slice(start, start + piece_samples)
+            rows[piece] = mapped.copy(addresses[piece])
 
     def _pieces(self, sample_ids: SampleIds) -> Iterator[tuple[TokenShard | PackedShard, SampleIds, SampleIds]]:
         """Cut a request into pieces of one shard each: the shard, where its samples are wanted, and its rows."""
@@ -118,13 +146,18 @@ class TokenDataset:
     def _shard(self, number: int) -> TokenShard | PackedShard:
         shard = self._shards[number]
         if shard is None:
-            shard = self._shards[number] = self._open_shard(number)
+            shard = self._open_shard(number)
+            if isinstance(shard, TokenShard):
+                self._mapped = self._mapped.with_map(shard.map)
+                first_id = int(self._ends[number]) - shard.samples
+                self._origins[number] = address_of(shard.map) - first_id * self._stride_bytes
+            self._shards[number] = shard
         return shard
 
     def _open_shard(self, number: int) -> TokenShard | PackedShard:
-        entry, separate = self._entries[number], self._separate_documents
+        entry = self._entries[number]
         if self._packed is None:
-            return TokenShard(self._store, entry, self._dtype, self._sequence_tokens, separate_documents=separate)
+            return TokenShard(self._store, entry, self._dtype, self._sequence_tokens)
         return PackedShard(
             self._store,
             entry,
@@ -132,10 +165,5 @@ class TokenDataset:
             self._dtype,
             self._sequence_tokens,
             end_of_document=self._end_of_document,
-            separate_documents=separate,
+            separate_documents=self._separate_documents,
         )
-
-
-def _hash_rows(rows: npt.NDArray[np.void]) -> Hashes:
-    """The xxh3-64 of each of the rows (n,)."""
-    return np.fromiter(map(xxhash.xxh3_64_intdigest, rows.tolist()), np.uint64, len(rows))
