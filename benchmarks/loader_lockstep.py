@@ -11,8 +11,7 @@ import torch
 from data.config import DataConfig
 from data.dataset import open_dataset
 from data.digest import EMPTY_DIGEST, chain
-from data.order import ORDER_VERSION
-from data.plan import Plan, Segment
+from data.plan import Plan, Segment, StreamPart
 from data.prepare import prepare
 from data.samples import Dataset
 from data.store import LocalStore
@@ -68,16 +67,11 @@ class LockstepBatches:
         self._dataset, self._field = opened(root, kind, workers), "tokens" if kind == "tokens" else "images"
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        segment = Segment(
-            start_position=0,
-            fingerprints=(self._dataset.fingerprint,),
-            order=ORDER_VERSION,
-            sequence_tokens=self._dataset.facts.sequence_tokens,
-            seed=1,
-            global_samples=BATCH_SAMPLES,
-        )
+        facts = self._dataset.facts
+        part = StreamPart(fingerprint=self._dataset.fingerprint, sequence_tokens=facts.sequence_tokens)
+        segment = Segment(start_position=0, streams=(part,), seed=1, global_samples=BATCH_SAMPLES)
         stream = Stream(
-            self._dataset,
+            {"": self._dataset},
             Plan.of([segment]),
             rank=0,
             world_size=1,
