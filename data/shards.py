@@ -220,6 +220,9 @@ class TokenShard:
         self._sequence_tokens = sequence_tokens
         self._stride_bytes = sequence_tokens * stored.itemsize
         self._row_bytes = (sequence_tokens + 1) * stored.itemsize
+        # Blocks that no sample reaches are checked now, so that `checked` comes true once all samples have been read.
+        reached = (self.samples - 1) * self._stride_bytes + self._row_bytes if self.samples else 0
+        self._data.check(min(-(-reached // BLOCK_BYTES) * BLOCK_BYTES, entry.data.bytes), entry.data.bytes)
         self._document_ends = read_document_ends(store, entry)
 
     @property

@@ -82,6 +82,15 @@ def test_a_block_altered_before_it_is_first_touched_is_found_in_whichever_shard(
         dataset.gather(np.array([0, ends[7] - 1, 1]))
 
 
+def test_a_shard_is_checked_once_all_its_samples_were_read_though_they_leave_a_rest(tmp_path: Path) -> None:
+    # One shard of 1.2 blocks whose one sample ends in the first.
+    directory, config = prepared_tokens(tmp_path, documents=2900, sequence_tokens=BLOCK_BYTES // 2 - 10)
+    dataset = opened((directory, config))
+    assert BLOCK_BYTES < sum(entry.data.bytes for entry in read_manifest(LocalStore(directory)).splits["train"].shards)
+    dataset.gather(np.arange(dataset.samples))
+    assert dataset._shard(0).checked
+
+
 def test_rows_end_with_their_map(many_shards: tuple[Path, DataConfig]) -> None:
     dataset = opened(many_shards)
     dataset.gather(np.arange(dataset.samples))
