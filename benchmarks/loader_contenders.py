@@ -29,6 +29,8 @@ BATCH_SAMPLES = 32
 BLOCK_TOKENS = 1025
 IMAGE_SIZE_PIXELS = 64
 SEED = 1
+# More than any contender makes ahead while others run: three chunks of ten batches of images here, 500 samples in grain.
+MADE_AHEAD_BATCHES = 32
 
 
 class Job(NamedTuple):
@@ -66,10 +68,13 @@ class Blocks(torch.utils.data.Dataset[Any]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._rows: np.ndarray[Any, Any] | None = None
 
-    @functools.cached_property
+    @property
     def rows(self) -> np.ndarray[Any, Any]:
-        return np.asarray(np.memmap(self.path, dtype=np.uint16, mode="r")).reshape(-1, BLOCK_TOKENS)
+        if self._rows is None:  # each worker maps the file itself
+            self._rows = np.asarray(np.memmap(self.path, dtype=np.uint16, mode="r")).reshape(-1, BLOCK_TOKENS)
+        return self._rows
 
     def __len__(self) -> int:
         return self.path.stat().st_size // (2 * BLOCK_TOKENS)
@@ -78,7 +83,7 @@ class Blocks(torch.utils.data.Dataset[Any]):
         return torch.from_numpy(self.rows[index].copy() if isinstance(index, int) else self.rows[index])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
+        return {"path": self.path, "_rows": None}
 
 
 class JpegFiles(torch.utils.data.Dataset[Any]):
@@ -327,8 +332,7 @@ class Contender:
 
     def run(self, seconds: float) -> dict[str, Any]:
         """Samples a second over so many seconds; what was made ahead while others ran, and ends of epochs, do not count."""
-        warm_until = time.perf_counter() + 0.15 * seconds
-        while time.perf_counter() < warm_until:
+        for _ in range(MADE_AHEAD_BATCHES):
             self._next()
         samples, spent = 0, 0.0
         while spent < seconds:
@@ -382,8 +386,16 @@ class Contender:
         return result | {"resume_ms": seconds * 1e3, "identical": same, "state_bytes": len(state)}
 
     def _close(self) -> None:
-        del self._batches, self._opened
+        self._batches, self._opened = iter(()), Opened(())
         gc.collect()
+
+    def end(self) -> None:
+        """What a library leaves on the machine is taken away."""
+        self._close()
+        if self._job.name == "mds":
+            from streaming.base.util import clean_stale_shared_memory
+
+            clean_stale_shared_memory()
 
 
 def main() -> None:
@@ -399,7 +411,8 @@ def main() -> None:
             found = work()
         except Exception as error:  # a peer's failure is a row of the table; its traceback is kept
             sys.excepthook(*sys.exc_info())
-            text = " ".join(str(error).split())
+            text = str(error).strip().rpartition("\n")[2]  # a worker's error ends with what it was
+            text = " ".join(text.split())
             found = {"error": f"{type(error).__name__}: {text[:200]}"}
         answers.write(json.dumps(found) + "\n")
 
@@ -411,11 +424,11 @@ def main() -> None:
     answer(begin)
     for line in sys.stdin:
         request = json.loads(line)
-        if request["do"] == "end" or contender is None:
-            break
-        work = getattr(contender, request["do"])
-        answer(functools.partial(work, request["amount"]))
-    answers.flush()
+        assert contender is not None, "the gate asks nothing of one that could not begin"
+        answer(functools.partial({"run": contender.run, "resume": contender.resume}[request["do"]], request["amount"]))
+    if contender is not None:
+        contender.end()
+    sys.stderr.flush()
     os._exit(0)  # workers and threads of the libraries end with their parent
 
 

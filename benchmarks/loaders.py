@@ -68,7 +68,8 @@ class Contender:
         job = {"name": name, "kind": kind, "workers": workers, "directory": str(root)}
         self._log = (root / f"{name}-{kind}-{workers}.log").open("w")
         begun = time.perf_counter()
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        homes = {"HF_HOME": str(root / "hf-home"), "LITDATA_CACHE_DIR": str(root / "litdata-cache")}
+        environment = os.environ | homes | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
             [python, SCRIPT, json.dumps(job)],
             stdin=subprocess.PIPE,
@@ -112,8 +113,15 @@ class Contender:
         return {"tree_mb": sum(sizes.values()), "worker_mb": max(workers, default=0.0)}
 
     def end(self) -> None:
-        """Kill the process and all that it started."""
-        for pid in reversed(_tree(self._process.pid)):
+        """Let the process tidy up what would outlive it, then kill it and all that it started."""
+        tree = _tree(self._process.pid)
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.close()
+            self._process.wait(timeout=10)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            self._log.write("killed\n")
+        for pid in reversed(tree):
             try:
                 os.kill(pid, 9)
             except ProcessLookupError:
@@ -245,8 +253,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=tuple(ENTRIES), default=list(ENTRIES), metavar="NAME")
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2])
     parser.add_argument("--corpus", choices=("linux", "stdlib"), default="linux", help="where the text comes from")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--block-seconds", type=float, default=0.5)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--block-seconds", type=float, default=1.0)
     parser.add_argument("--blocks", type=int, default=65_536, help="samples of 1,025 tokens")
     parser.add_argument("--images", type=int, default=5_000)
     parser.add_argument("--quick", action="store_true", help="small corpora, two short rounds: to try, not to conclude")
