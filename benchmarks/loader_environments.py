@@ -107,7 +107,9 @@ def _linux_texts(root: Path) -> Iterator[str]:
     if not packages:
         _run(["env", "-C", str(root), "apt-get", "download", DEBIAN_SOURCE])
         packages = list(root.glob(f"{DEBIAN_SOURCE}*.deb"))
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", packages[0]], stdout=subprocess.PIPE) as unpacker:
+    with subprocess.Popen(
+        ["dpkg-deb", "--fsys-tarfile", packages[0]], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as unpacker:
         with tarfile.open(fileobj=unpacker.stdout, mode="r|") as package:
             for entry in package:
                 if entry.name.endswith(".tar.xz"):

@@ -57,6 +57,7 @@ EXPLANATIONS: dict[tuple[str, str] | tuple[str, str, int], str] = {
         "A loader that hands out a batch as one gather from one file, without hashes of samples, checks of blocks and "
         "a digest, has nothing to do but the copy."
     ),
+    ("images", "speed", 2): "The stream decodes in its one prefetch thread; the others decode in two processes.",
     ("images", "first_batch_ms"): (
         "As for tokens; and the first chunk is decoded before the first step is handed out."
     ),
