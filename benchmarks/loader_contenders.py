@@ -11,6 +11,7 @@ import gc
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -54,13 +55,28 @@ class Opened(NamedTuple):
     load_state: Callable[[Any], None] | None = None
 
 
-def picture(encoded: bytes | Any) -> np.ndarray[Any, Any]:
-    """(3, H, W) uint8 of a JPEG's bytes, or of what a library has opened already."""
+def picture(encoded: bytes | Any, generator: Any = random) -> np.ndarray[Any, Any]:
+    """(3, H, W) uint8 of a JPEG's bytes, or of what a library has opened already: a random part of 8 to 100 % of the area,
+    as torchvision's RandomResizedCrop chooses it, resized with Pillow and flipped every other time."""
     from PIL import Image
 
-    image = encoded if isinstance(encoded, Image.Image) else Image.open(io.BytesIO(encoded))
-    resized = image.convert("RGB").resize((IMAGE_SIZE_PIXELS, IMAGE_SIZE_PIXELS), Image.Resampling.BILINEAR)
-    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+    image = (encoded if isinstance(encoded, Image.Image) else Image.open(io.BytesIO(encoded))).convert("RGB")
+    box = _random_part(*image.size, generator)
+    part = image.resize((IMAGE_SIZE_PIXELS, IMAGE_SIZE_PIXELS), Image.Resampling.BILINEAR, box)
+    if generator.random() < 0.5:
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.ascontiguousarray(np.asarray(part).transpose(2, 0, 1))
+
+
+def _random_part(width: int, height: int, generator: Any) -> tuple[int, int, int, int]:
+    for _ in range(10):
+        area = width * height * generator.uniform(0.08, 1.0)
+        ratio = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
+        wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < wide <= width and 0 < high <= height:
+            left, top = int(generator.random() * (width - wide + 1)), int(generator.random() * (height - high + 1))
+            return left, top, left + wide, top + high
+    return 0, 0, width, height
 
 
 class Blocks(torch.utils.data.Dataset[Any]):
@@ -248,9 +264,9 @@ class GrainBlocks:
         return self.blocks.rows[index].copy()
 
 
-def _grain_picture(record: bytes) -> tuple[Any, int]:
+def _grain_picture(record: bytes, generator: np.random.Generator) -> tuple[Any, int]:
     encoded, label = pickle.loads(record)  # this benchmark's own file
-    return picture(encoded), label
+    return picture(encoded, generator), label
 
 
 def open_grain(job: Job, *, array_record: bool = False) -> Opened:
@@ -261,8 +277,13 @@ def open_grain(job: Job, *, array_record: bool = False) -> Opened:
     if array_record or job.kind == "images":
         files = [str(path) for path in sorted(job.path.glob(f"arrayrecord-{job.kind}/*.arecord"))]
         source = grain.MapDataset.source(grain.sources.ArrayRecordDataSource(files)).shuffle(seed=SEED)
-        decode = _grain_picture if job.kind == "images" else functools.partial(np.frombuffer, dtype=np.uint16)
-        dataset, options = source.map(decode), grain.ReadOptions()
+        if job.kind == "images":
+            dataset = source.random_map(_grain_picture, seed=SEED)
+        else:
+            dataset = source.map(functools.partial(np.frombuffer, dtype=np.uint16))
+        # The default of 500 elements made ahead is for samples: these are batches, and 16,000 samples could be read that were
+        # made while others ran.
+        options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=16)
     else:
         dataset = grain.MapDataset.source(GrainBlocks(job.path / "blocks.bin")).shuffle(seed=SEED)
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)

@@ -11,6 +11,7 @@ import torch
 from data.config import DataConfig
 from data.dataset import open_dataset
 from data.digest import EMPTY_DIGEST, chain
+from data.image_config import AugmentationConfig, RandomResizedCropConfig
 from data.plan import Plan, Segment, StreamPart
 from data.prepare import prepare
 from data.samples import Dataset
@@ -32,6 +33,8 @@ def config_of(root: Path, kind: str, workers: int = 0) -> DataConfig:
         source=f"images:{root / 'jpegs'}",
         directory=root / "lockstep-images",
         image_size_pixels=IMAGE_SIZE_PIXELS,
+        augmentation=AugmentationConfig(random_resized_crop=RandomResizedCropConfig(), flip=0.5),
+        workers=workers,
     )
 
 

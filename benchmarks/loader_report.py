@@ -57,7 +57,11 @@ EXPLANATIONS: dict[tuple[str, str] | tuple[str, str, int], str] = {
         "A loader that hands out a batch as one gather from one file, without hashes of samples, checks of blocks and "
         "a digest, has nothing to do but the copy."
     ),
-    ("images", "speed", 2): "The stream decodes in its one prefetch thread; the others decode in two processes.",
+    (
+        "images",
+        "speed",
+        0,
+    ): "grain decodes in 16 threads of its own, on all cores; the others, like the stream, in one.",
     ("images", "first_batch_ms"): (
         "As for tokens; and the first chunk is decoded before the first step is handed out."
     ),
@@ -123,17 +127,19 @@ def as_markdown(results: dict[str, Any]) -> str:
         "",
         f"Tokens: {settings['blocks']:,} samples of 1,024 + 1 tokens of "
         f"{'the Linux kernel' if settings['corpus'] == 'linux' else 'the standard library'}'s sources as bytes (uint16), batches "
-        f"of 32. Images: {settings['images']:,} JPEGs of 256 x 256 from a fixed seed, decoded and resized to 64 x 64 with "
-        "Pillow, batches of 32. Local files in the page cache, order shuffled as each loader does it. Every contender is a "
-        "process of its own, one runs at a time, "
+        f"of 32. Images: {settings['images']:,} JPEGs of 256 x 256 from a fixed seed, decoded, a random part "
+        "resized to 64 x 64 and flipped with Pillow, batches of 32. Local files in the page cache, order shuffled as each loader "
+        "does it. Every contender is a process of its own, one runs at a time, "
         f"{settings['rounds']} rounds of {settings['block_seconds']} s each way; ratios within a round, median [least, most]. "
         f"`{LIMIT}` is the limit: rows of a flat memory map by numbers that are known. Only `{OURS}` checks what it "
         "reads and proves what it read (blocks' checksums, a hash of each sample, a digest of each step); it reads tokens in "
-        "one thread whatever the number of workers.",
+        "one thread whatever the number of workers, which are threads here and processes elsewhere.",
         "",
         "*First batch*: from the start of the imports; *process*: from the start of the process. *Resume*: fresh objects and "
         "the state after half an epoch, to the next batch, in a process that has imported all; in brackets without a state. "
-        "Where a loader keeps no state, the time to read again up to there. *PSS*: proportional set size.",
+        "Where a loader keeps no state, the time to read again up to there. *Identical*: byte for byte the batch that "
+        "came next; with most loaders the random parts of images come from the process's generator, which no state holds. *PSS*: "
+        "proportional set size.",
     ]
     for table in results["tables"]:
         lines += _table(table)
