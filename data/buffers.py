@@ -4,6 +4,7 @@ Fresh memory costs more than the copy into it: the operating system hands it out
 write to each.
 """
 
+import ctypes
 import weakref
 
 import numpy as np
@@ -35,9 +36,11 @@ class RowBuffers:
         The memory is lent again once the array and all arrays and tensors made of it are gone; a view does not count.
         """
         buffer = self._fitting(max(rows, 1))
-        array: npt.NDArray[np.void] = np.frombuffer(buffer.memory, f"V{self._row_bytes}", rows)
-        # Whatever NumPy or torch makes of `array` refers to it, directly or not: it goes when the last of them does.
-        weakref.finalize(array, self._give_back, buffer).atexit = False
+        # Whatever NumPy or torch makes of the array refers to what lent it the memory, through however many views: this
+        # lender goes when the last of them does.
+        lender = (ctypes.c_char * len(buffer.memory)).from_buffer(buffer.memory)
+        weakref.finalize(lender, self._give_back, buffer).atexit = False
+        array: npt.NDArray[np.void] = np.frombuffer(memoryview(lender), f"V{self._row_bytes}", rows)
         return array, buffer.views
 
     def _fitting(self, rows: int) -> _Buffer:

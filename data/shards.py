@@ -266,21 +266,32 @@ class MappedRows:
     To NumPy it is one array that reaches from the first map's beginning to the last one's end, with a row at each byte.
     """
 
-    def __init__(self, row_bytes: int, maps: tuple[mmap.mmap, ...] = ()) -> None:
+    def __init__(self, row_bytes: int) -> None:
         self._row_bytes = row_bytes
-        self._maps = maps  # keeps them mapped
-        if maps:
-            self._first = min(address_of(map) for map in maps)
-            stop = max(address_of(map) + len(map) for map in maps)
-            shape = (stop - self._first - row_bytes + 1,)
-            self.__array_interface__ = {
-                "version": 3, "data": (self._first, True), "shape": shape, "strides": (1,), "typestr": f"|V{row_bytes}",
-            }  # fmt: skip
-            self._rows = np.asarray(self)
+        self._maps: dict[int, mmap.mmap] = {}  # by where they begin; keeps them mapped
+        self._first = self._stop = 0
 
-    def with_map(self, map: mmap.mmap) -> "MappedRows":
-        """These and the rows of one more map."""
-        return MappedRows(self._row_bytes, (*self._maps, map))
+    def add(self, map: mmap.mmap) -> None:
+        """The rows of one more map."""
+        start = address_of(map)
+        self._maps[start] = map
+        self._first = min(self._first or start, start)
+        self._stop = max(self._stop, start + len(map))
+        self._view()
+
+    def remove(self, map: mmap.mmap) -> None:
+        """Let go of a map and its rows."""
+        del self._maps[address_of(map)]
+        self._first = min(self._maps, default=0)
+        self._stop = max((start + len(map) for start, map in self._maps.items()), default=0)
+        self._view()
+
+    def _view(self) -> None:
+        shape = (max(0, self._stop - self._first - self._row_bytes + 1),)
+        self.__array_interface__ = {
+            "version": 3, "data": (self._first, True), "shape": shape, "strides": (1,), "typestr": f"|V{self._row_bytes}",
+        }  # fmt: skip
+        self._rows = np.asarray(self)
 
     def copy(self, addresses: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
         """Copies (n,) of the rows at addresses (n,), each of which must lie, to its last byte, in one of the maps."""

@@ -148,7 +148,7 @@ class TokenDataset:
         if shard is None:
             shard = self._open_shard(number)
             if isinstance(shard, TokenShard):
-                self._mapped = self._mapped.with_map(shard.map)
+                self._mapped.add(shard.map)
                 first_id = int(self._ends[number]) - shard.samples
                 self._origins[number] = address_of(shard.map) - first_id * self._stride_bytes
             self._shards[number] = shard

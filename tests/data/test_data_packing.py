@@ -222,7 +222,13 @@ def test_a_mixture_of_packed_streams_keeps_its_documents_apart(corpus: Path) -> 
         for split in ("train", "validation")
     }
     parts = tuple(
-        StreamPart(name=name, fingerprint=dataset.fingerprint, sequence_tokens=16, quota=quota)
+        StreamPart(
+            name=name,
+            fingerprint=dataset.fingerprint,
+            sequence_tokens=16,
+            quota=quota,
+            packing=dataset.packing_identity,
+        )
         for (name, dataset), quota in zip(datasets.items(), (3000, 1096), strict=True)
     )
     plan = Plan.of([Segment(start_position=0, streams=parts, seed=3, global_samples=20)])

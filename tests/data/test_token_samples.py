@@ -95,11 +95,20 @@ def test_rows_end_with_their_map(many_shards: tuple[Path, DataConfig]) -> None:
     dataset = opened(many_shards)
     dataset.gather(np.arange(dataset.samples))
     map = dataset._shard(0).map
-    rows = MappedRows(10).with_map(map)
+    rows = MappedRows(10)
+    rows.add(map)
     last = address_of(map) + len(map) - 10
     assert rows.copy(np.array([last]))[0].tobytes() == map[-10:]
     with pytest.raises(IndexError):
         rows.copy(np.array([last + 1]))
+    other = dataset._shard(1).map
+    rows.add(other)
+    assert rows.copy(np.array([last, address_of(other)]))[1].tobytes() == other[:10]
+    rows.remove(map)
+    assert rows.copy(np.array([address_of(other)]))[0].tobytes() == other[:10]
+    rows.remove(other)
+    with pytest.raises(IndexError):
+        rows.copy(np.array([last]))
 
 
 def test_memory_is_not_lent_again_while_anything_refers_to_it() -> None:
