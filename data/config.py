@@ -3,10 +3,11 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator, model_validator
 
+from data.addresses import is_remote, parse_address
 from data.image_config import AugmentationConfig
 
 SourceKind = Literal["stdlib", "digits", "text", "jsonl", "parquet", "images", "hf"]
@@ -22,6 +23,9 @@ IMAGE_OPTIONS = (
     "image_size_pixels", "image_channels", "shorter_side_pixels", "interpolation", "augmentation", "workers",
 )  # fmt: skip
 TOKEN_OPTIONS = ("tokenizer", "sequence_tokens", "packing", "separate_documents")
+
+# Protocols whose implementations in fsspec take a timeout.
+TIMED_PROTOCOLS = ("http://", "https://", "s3://", "s3a://", "gs://", "gcs://")
 
 # 256 bytes and the end-of-document token: the smallest vocabulary a byte-level BPE can have.
 MINIMUM_BPE_SIZE = 257
@@ -67,13 +71,29 @@ def _parse_hugging_face(address: str, rest: str) -> SourceAddress:
     return SourceAddress(kind="hf", location=name, column=column or None, config=config or None, split=split or "train")
 
 
+def _parse_place(place: object) -> Path | str | None:
+    if place is not None and not isinstance(place, str | Path):
+        raise ValueError(f"{place!r} is neither a path nor an address")
+    return None if place is None else parse_address(place)
+
+
+# Pydantic itself would make a path of an address, in which two slashes are as good as one.
+Place = Annotated[Path | str | None, PlainValidator(_parse_place)]
+
+
+def _default_order(data: dict[str, Any]) -> Literal["global", "windowed"]:
+    """Windows for what must be fetched. `data` holds the fields that come before the order."""
+    places = [data.get("directory"), *(stream.directory for stream in data.get("streams", {}).values())]
+    return "windowed" if any(map(is_remote, places)) else "global"
+
+
 class StreamConfig(BaseModel):
     """One stream of a mixture: a dataset of its own, and its share of the samples."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     source: str = Field(description=f"source address: {SOURCE_FORMS}")
-    directory: Path | None = Field(None, description="as data.directory")
+    directory: Place = Field(None, description="as data.directory")
     weight: float = Field(gt=0, description="share of the samples, relative to the other streams' weights")
     max_epochs: float | None = Field(None, gt=0, description="as data.max_epochs")
 
@@ -93,8 +113,10 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = Field("stdlib", description=f"source address: {SOURCE_FORMS}")
-    directory: Path | None = Field(
-        None, description="the prepared dataset to use or create; null: under prepared/, named by its contents"
+    directory: Place = Field(
+        None,
+        description="the prepared dataset to use or create, or the address to read one at (s3://, gs://, hf://, "
+        "https://, file://, ...); null: under prepared/, named by its contents",
     )
     streams: dict[StreamName, StreamConfig] = Field(
         {}, description="a mixture: name -> {source, directory, weight, max_epochs}, instead of source and directory"
@@ -103,7 +125,9 @@ class DataConfig(BaseModel):
         None, gt=0, description="refuse a run that would read a sample more often than this; null: no limit"
     )
     order: Literal["global", "windowed"] = Field(
-        "global", description="one shuffle of all samples, or of windows of a few shards, for data that must be fetched"
+        default_factory=_default_order,
+        description="one shuffle of all samples, or of windows of a few shards, for data that must be fetched; the default "
+        "is windowed where a data.directory is an address",
     )
     lanes: int = Field(32, ge=1, description="windowed order: windows that are read side by side")
     window_shards: int = Field(8, ge=1, description="windowed order: shards that are shuffled together")
@@ -137,6 +161,17 @@ class DataConfig(BaseModel):
     )
     prefetch_steps: int = Field(2, ge=1, description="global steps made ready ahead of the training step")
     shard_bytes: int = Field(67_108_864, ge=1, description="a shard is closed before a document would pass this")
+    cache_directory: Path | None = Field(
+        None,
+        description="where files of a remote dataset are kept, a local disk of the node; null: ~/.cache/lockstep/shards",
+    )
+    cache_bytes: int = Field(50_000_000_000, ge=1, description="what the cache may hold; it is shared by all runs")
+    download_threads: int = Field(4, ge=1, description="files fetched ahead at once by each worker")
+    download_retries: int = Field(8, ge=0, description="tries after the first that make no progress, for each file")
+    download_pause_seconds: float = Field(0.5, ge=0, description="before the first retry; doubled each time, up to 30")
+    download_timeout_seconds: float = Field(
+        60.0, gt=0, description="a server that sends nothing for so long is tried again (http, s3, gs)"
+    )
 
     @model_validator(mode="after")
     def _refuse_options_of_other_data(self) -> "DataConfig":
@@ -146,6 +181,8 @@ class DataConfig(BaseModel):
                 "one token nothing may be left to learn; raise it"
             )
         sources = [stream.source for stream in self.streams.values()] or [self.source]
+        if is_remote(self.directory) and self.source == type(self).model_fields["source"].default:
+            return self  # what lies there is found out there
         kinds = {parse_source(source).kind for source in sources} - {"hf"}  # what that holds is known once it is opened
         are_images = {kind in ("digits", "images") for kind in kinds}
         if len(are_images) > 1:
@@ -185,8 +222,29 @@ class DataConfig(BaseModel):
         if not self.streams:
             return {"": self}
         common = self.model_dump(exclude={"streams"})
+        local = {name: value for name, value in common.items() if name not in self._remote_keys()}
         own = {name: stream.model_dump(exclude={"weight"}) for name, stream in self.streams.items()}
-        return {name: type(self).model_validate(common | values) for name, values in own.items()}
+        return {
+            name: type(self).model_validate((common if is_remote(values["directory"]) else local) | values)
+            for name, values in own.items()
+        }
+
+    @model_validator(mode="after")
+    def _refuse_what_only_remote_data_has(self) -> "DataConfig":
+        places = [stream.directory for stream in self.streams.values()] or [self.directory]
+        remote = [place for place in places if is_remote(place)]
+        names = self._remote_keys()
+        if remote:
+            timed = any(place.startswith(TIMED_PROTOCOLS) for place in remote)
+            names = [] if timed else ["download_timeout_seconds"]
+        given = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+        if given:
+            raise ValueError(f"{', '.join(given)} means nothing to data.directory={places[0]}; remove it")
+        return self
+
+    @classmethod
+    def _remote_keys(cls) -> list[str]:
+        return [name for name in cls.model_fields if name.startswith(("cache_", "download_"))]
 
     @field_validator("source")
     @classmethod

@@ -12,6 +12,7 @@ from data.config import DataConfig
 from data.errors import CorruptData
 from data.manifest import RESTORE, ImagesEntry, Manifest, Split
 from data.mixing import mix
+from data.open_shards import OpenShards
 from data.pictures import Mode, decode
 from data.samples import Choices, DatasetFacts, Fields, Hashes, SampleIds, check_range
 from data.shards import ImageShard
@@ -28,12 +29,16 @@ class ImageDataset:
         self.fingerprint = manifest.fingerprint
         self.packing_identity: str | None = None
         self._entries = manifest.splits[split].shards
-        for entry in self._entries:
-            store.check(entry.data)
+        self._shards = OpenShards(
+            store,
+            [[*entry.files()] for entry in self._entries],
+            lambda number: ImageShard(store, self._entries[number]),
+        )
         self._ends = np.cumsum([entry.documents for entry in self._entries], dtype=np.int64)
         self.shard_samples = np.diff(self._ends, prepend=0)
         self.samples = int(self._ends[-1])
-        self._shards: list[ImageShard | None] = [None] * len(self._entries)
+        self.shard_bytes = self._shards.bytes
+        self.looks_ahead_samples = self._shards.looks_ahead_samples(self.samples)
         channels, size = _image_shape(store, manifest.images, config)
         self._mode: Mode = "L" if channels == 1 else "RGB"
         self._size, self._shorter_side = size, config.shorter_side_pixels
@@ -57,12 +62,13 @@ class ImageDataset:
         CorruptData names the first of the samples that cannot be read.
         """
         check_range(sample_ids, self.samples)
+        self._shards.close_some(lambda: np.searchsorted(self._ends, sample_ids, side="right"))
         count = len(sample_ids)
         encoded: list[memoryview] = []
         labels = np.empty(count, dtype=np.int64)
         hashes = np.empty(count, dtype=np.uint64)
         for slot, number in enumerate(np.searchsorted(self._ends, sample_ids, side="right").tolist()):
-            shard = self._shard(number)
+            shard = self._shards[number]
             content, labels[slot] = shard.read(int(sample_ids[slot] - (self._ends[number] - shard.rows)))
             # The label is the seed, so that an altered label changes the hash too.
             hashes[slot] = xxhash.xxh3_64_intdigest(content, seed=int(labels[slot]))
@@ -112,11 +118,11 @@ class ImageDataset:
         assert self._augmentation is not None
         return augmented(image, words, self._augmentation, self._size, self._shorter_side, self._resample)
 
-    def _shard(self, number: int) -> ImageShard:
-        shard = self._shards[number]
-        if shard is None:
-            shard = self._shards[number] = ImageShard(self._store, self._entries[number])
-        return shard
+    def expect(self, start: int, stop: int, sample_ids: SampleIds) -> None:
+        self._shards.expect(start, stop, np.searchsorted(self._ends, sample_ids, side="right"))
+
+    def reached(self, position: int) -> None:
+        self._store.reached(position)
 
 
 def _image_shape(store: Store, entry: ImagesEntry, config: DataConfig) -> tuple[int, int]:

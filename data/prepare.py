@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.addresses import is_remote
 from data.build import Progress, build_images, build_tokens
 from data.config import DataConfig, parse_source
 from data.manifest import FORMAT_VERSION, MANIFEST_NAME
@@ -36,8 +37,10 @@ UNWRITABLE = (
 
 def prepared_directory(config: DataConfig) -> Path:
     """Where the dataset lies or will lie: `config.directory`, or a name made from all that determines its bytes."""
+    if is_remote(config.directory):
+        raise ValueError(f"{config.directory}: datasets are prepared on a local disk; prepare there, then copy it")
     if config.directory is not None:
-        return config.directory
+        return Path(config.directory)
     address = parse_source(config.source)
     identity = _identity(config) | {"format_version": FORMAT_VERSION, "state": source_state(address)}
     tokenizer_file = Path(config.tokenizer).expanduser()

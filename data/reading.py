@@ -43,6 +43,24 @@ class Reader:
         assert dataset is not None
         return dataset.samples
 
+    def looks_ahead_samples(self, stream: int) -> int:
+        """How far it is worth to look ahead in a stream; 0: not at all."""
+        dataset = self._datasets[stream]
+        return 0 if dataset is None else dataset.looks_ahead_samples
+
+    def expect(self, start: int, stop: int, samples: Samples) -> None:
+        """Samples (n,) that will be read between two positions, or some of them."""
+        for stream in np.unique(samples.streams).tolist():
+            dataset = self._datasets[stream]
+            assert dataset is not None, "a stream of a segment that is not read"
+            dataset.expect(start, stop, samples.ids[samples.streams == stream])
+
+    def reached(self, position: int) -> None:
+        """What lies before `position` has been read."""
+        for dataset in self._datasets:
+            if dataset is not None:
+                dataset.reached(position)
+
     def read(self, block: StepBlock, start: int, stop: int) -> tuple[Fields, Hashes]:
         """The fields of steps [start, stop) of a block, and the hash (n,) of each sample's stored content."""
         rows, guest_rows = block.rows, block.guest_rows

@@ -65,6 +65,11 @@ class Dataset(Protocol):
         """Samples of each shard, in stored order; ids count through them."""
         ...
 
+    @property
+    def shard_bytes(self) -> npt.NDArray[np.int64]:
+        """What the files of each shard hold."""
+        ...
+
     def gather(self, sample_ids: SampleIds, choices: Choices | None = None) -> tuple[Fields, Hashes]:
         """The fields of samples (n,) and the hash (n,) of each one's stored content; without `choices` as evaluated."""
         ...
@@ -74,6 +79,19 @@ class Dataset(Protocol):
 
         Only where `mixes`. The fields may be others than those that were gathered, and rows from n on are only partners.
         """
+        ...
+
+    @property
+    def looks_ahead_samples(self) -> int:
+        """How far ahead of reading it is worth to call `expect`; 0: not at all, the samples are here."""
+        ...
+
+    def expect(self, start: int, stop: int, sample_ids: SampleIds) -> None:
+        """Samples (n,) that are read between two positions, or some of them; the positions rise from call to call."""
+        ...
+
+    def reached(self, position: int) -> None:
+        """The samples before `position` have been read."""
         ...
 
 

@@ -168,11 +168,9 @@ class CheckedFile:
     """A memory-mapped file whose blocks are hashed the first time they are asked for."""
 
     def __init__(self, store: Store, entry: FileEntry) -> None:
-        self.path = store.fetch(entry)
-        with self.path.open("rb") as file:
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(self.map) != entry.bytes:  # grown or cut since its size was checked
-            raise CorruptData(f"{self.path}: {len(self.map)} bytes instead of {entry.bytes}; {RESTORE}")
+        self.path = f"{store.address}/{entry.name}"
+        with store.open(entry) as file:
+            self.map = mmap.mmap(file.fileno(), entry.bytes, access=mmap.ACCESS_READ)
         self._entry = entry
         self._unchecked = np.ones(len(entry.blocks), dtype=np.bool_)
         self.checked = False

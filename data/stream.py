@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from data.digest import fold_samples, mix_samples
+from data.lookahead import LookAhead
 from data.plan import Plan
 from data.reading import Reader
 from data.samples import Dataset, Fields, Hashes
@@ -119,6 +120,15 @@ class Stream:
             stop_position=stop_position,
             pairs=self._reader.mixes,
         )
+        self._look_ahead = LookAhead(
+            self._reader,
+            plan,
+            rank=rank,
+            world_size=world_size,
+            micro_samples=micro_samples,
+            position=position,
+            stop_position=stop_position,
+        )
         # First in, first out: permits to make one more chunk (True), then at most one request to end (False). Ranks
         # that stop at the same step have given the same permits, so their threads make the same calls of reduce_items.
         self._permits: queue.SimpleQueue[bool] = queue.SimpleQueue()
@@ -198,6 +208,7 @@ class Stream:
     def _make_chunk(self, block: StepBlock, start: int, stop: int) -> Iterator[GlobalStep]:
         """Steps [start, stop) of a block. All that takes time is done here, but the consumer makes the tuples, one step at
         a time and while this thread copies samples: both threads need the interpreter to make them."""
+        self._look_ahead.go_on(block.firsts[start])
         samples, shares = block.samples.part(block.rows[start], block.rows[stop]), block.shares[start:stop]
         fields, hashes = self._reader.read(block, start, stop)
         tensors = {name: torch.from_numpy(field) for name, field in fields.items()}

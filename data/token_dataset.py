@@ -10,6 +10,7 @@ import xxhash
 from data.buffers import RowBuffers
 from data.config import DataConfig
 from data.manifest import Manifest, Split
+from data.open_shards import OpenShards
 from data.packed_shard import PackedShard, index_errors
 from data.packing import PackedShardEntry, read_packing
 from data.samples import Choices, DatasetFacts, Fields, Hashes, SampleIds, check_range
@@ -38,20 +39,20 @@ class TokenDataset:
         self._sequence_tokens = sequence_tokens = config.sequence_tokens
         self._separate_documents = config.separate_documents
         self._entries = manifest.splits[split].shards
-        for entry in self._entries:
-            for file in entry.files():
-                store.check(file)
+        files = [[*entry.files()] for entry in self._entries]
         self.packing_identity: str | None = None
         self._packed: tuple[PackedShardEntry, ...] | None = None
         if config.packing == "best_fit":
             packing = read_packing(store, manifest, sequence_tokens)
             self.packing_identity, self._packed = packing.identity, packing.splits[split]
-            with index_errors(sequence_tokens):
-                for packed in self._packed:
+            for shard_files, packed in zip(files, self._packed, strict=True):
+                with index_errors(sequence_tokens):
                     store.check(packed.index)
+                shard_files.append(packed.index)
             counts = [packed.bins for packed in self._packed]
         else:
             counts = [samples_of(entry.tokens or 0, sequence_tokens) for entry in self._entries]
+        self._shards = OpenShards(store, files, self._open)
         self._ends = np.cumsum(counts, dtype=np.int64)
         self.shard_samples = np.diff(self._ends, prepend=0)
         self.samples = int(self._ends[-1])
@@ -62,7 +63,8 @@ class TokenDataset:
                 f"data.sequence_tokens {sequence_tokens} is longer than the {split} data of {store.address}, whose longest "
                 f"shard has {longest} tokens (one more than a sequence is needed); lower it or add data"
             )
-        self._shards: list[TokenShard | PackedShard | None] = [None] * len(self._entries)
+        self.shard_bytes = self._shards.bytes
+        self.looks_ahead_samples = self._shards.looks_ahead_samples(self.samples)
         item_bytes = np.dtype(manifest.dtype).itemsize
         row_bytes = (sequence_tokens + 1) * item_bytes
         self._stride_bytes = sequence_tokens * item_bytes
@@ -91,6 +93,7 @@ class TokenDataset:
         Where documents are packed or kept apart, `loss_mask` (n, T) bool; kept apart, `documents` (n, T) int16 or int32.
         """
         check_range(sample_ids, self.samples)
+        self._close_some(sample_ids)
         samples = len(sample_ids)
         rows, views = self._buffers.take(samples)
         boundaries: Fields = {
@@ -114,7 +117,7 @@ class TokenDataset:
         unchecked = ~self._checked[shard_of]
         if unchecked.any():
             for number in np.unique(shard_of[unchecked]).tolist():
-                shard = self._shard(number)
+                shard = self._shards[number]
                 assert isinstance(shard, TokenShard)
                 shard.check(sample_ids[shard_of == number] - (self._ends[number] - shard.samples))
                 self._checked[number] = shard.checked
@@ -128,12 +131,12 @@ class TokenDataset:
         """Cut a request into pieces of one shard each: the shard, where its samples are wanted, and its rows."""
         shard_of = np.searchsorted(self._ends, sample_ids, side="right")
         # NumPy sorts 16-bit integers by radix, several times faster than wider ones.
-        by_shard = np.argsort(shard_of.astype(np.uint16) if len(self._shards) < 1 << 16 else shard_of, kind="stable")
+        by_shard = np.argsort(shard_of.astype(np.uint16) if len(self._entries) < 1 << 16 else shard_of, kind="stable")
         counts = np.bincount(shard_of)
         piece_samples = max(1, PIECE_BYTES // self.sample_bytes)
         start = 0
         for number in np.flatnonzero(counts).tolist():
-            shard, stop = self._shard(number), start + int(counts[number])
+            shard, stop = self._shards[number], start + int(counts[number])
             first_id = self._ends[number] - shard.samples
             for at in range(start, stop, piece_samples):
                 slots = by_shard[at : min(at + piece_samples, stop)]
@@ -143,15 +146,26 @@ class TokenDataset:
     def mix(self, fields: Fields, partners: npt.NDArray[np.int64], words: Hashes) -> Fields:
         raise AssertionError("samples are not mixed")
 
-    def _shard(self, number: int) -> TokenShard | PackedShard:
-        shard = self._shards[number]
-        if shard is None:
-            shard = self._open_shard(number)
+    def expect(self, start: int, stop: int, sample_ids: SampleIds) -> None:
+        self._shards.expect(start, stop, np.searchsorted(self._ends, sample_ids, side="right"))
+
+    def reached(self, position: int) -> None:
+        self._store.reached(position)
+
+    def _close_some(self, sample_ids: SampleIds) -> None:
+        """Drop maps that neither these samples (n,) nor, as far as is known, any later ones need."""
+        closed = self._shards.close_some(lambda: np.searchsorted(self._ends, sample_ids, side="right"))
+        for number, shard in closed.items():
+            self._checked[number] = False
             if isinstance(shard, TokenShard):
-                self._mapped.add(shard.map)
-                first_id = int(self._ends[number]) - shard.samples
-                self._origins[number] = address_of(shard.map) - first_id * self._stride_bytes
-            self._shards[number] = shard
+                self._mapped.remove(shard.map)
+
+    def _open(self, number: int) -> TokenShard | PackedShard:
+        shard = self._open_shard(number)
+        if isinstance(shard, TokenShard):
+            self._mapped.add(shard.map)
+            first_id = int(self._ends[number]) - shard.samples
+            self._origins[number] = address_of(shard.map) - first_id * self._stride_bytes
         return shard
 
     def _open_shard(self, number: int) -> TokenShard | PackedShard:

@@ -182,7 +182,7 @@ def load_tokenizer(store: Store) -> Tokenizer:
         return ByteTokenizer()
     file = CheckedFile(store, entry.file)
     file.check_all()
-    return SubwordTokenizer(_parse(bytes(file.map), str(file.path)), entry.end_of_document)
+    return SubwordTokenizer(_parse(bytes(file.map), file.path), entry.end_of_document)
 
 
 def _one_line(error: Exception) -> str:

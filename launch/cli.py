@@ -145,11 +145,11 @@ def _train(arguments: argparse.Namespace) -> int:
     if workers < 1:
         raise ValueError(f"--workers {workers}: must be at least 1")
     count_shards(config.parallel, workers)
-    from launch.preparing import prepare_streams  # takes NumPy and Arrow along: a bad recipe must not wait for them
+    from launch.preparing import open_streams  # takes NumPy and Arrow along: a bad recipe must not wait for them
 
     # Until there are workers to ask, a request to stop is answered as Ctrl-C is: preparing leaves nothing half-done.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    prepare_streams(config.data)
+    open_streams(config.data)
     return supervise(training_command_line(arguments), workers)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from data.errors import CorruptData
+from data.errors import CorruptData, NoRoom, Unavailable
 from launch.exit_codes import DO_NOT_RESTART, DONE, FAILED, STOPPED_EARLY, RunEnded
 from launch.run_directory import OUTCOME_FILE, RunDirectory
 
@@ -39,8 +39,10 @@ def ending_of_failure(error: BaseException) -> Ending:
     """What an exception that ends an attempt means."""
     if isinstance(error, RunEnded):
         return Ending(error.exit_code, str(error), told_by_all=error.told_by_all)
-    if isinstance(error, CorruptData):
+    if isinstance(error, CorruptData | NoRoom):
         return Ending(DO_NOT_RESTART, str(error))
+    if isinstance(error, Unavailable):
+        return Ending(FAILED, str(error))
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or _HOST_OUT_OF_MEMORY in text:
         first_line = text[max(0, text.find(_HOST_OUT_OF_MEMORY)) :].split("\n")[0] or "no memory left"

@@ -1,4 +1,4 @@
-"""Preparing a recipe's dataset where somebody watches. Imports no torch."""
+"""Preparing a recipe's dataset where somebody watches, and opening it where it lies. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,46 @@ import sys
 import time
 from pathlib import Path
 
+from data.addresses import is_remote
 from data.config import DataConfig
+from data.manifest import Manifest
 from data.packing import ensure_packing
 from data.prepare import prepare, prepared_directory
-from data.store import LocalStore, Store
+from data.store import Store, open_store, read_manifest
 
 
-def prepare_streams(config: DataConfig) -> dict[str, Store]:
-    """`prepare_and_tell` for every stream of a recipe, and the packing that it asks for; where each one's dataset lies, by
-    the stream's name."""
-    stores: dict[str, Store] = {}
+def open_streams(config: DataConfig) -> dict[str, Store]:
+    """Where the dataset of every stream of a recipe lies, by the stream's name: prepared and packed where that is to be
+    done here, and at an address there or not. ValueError where what lies there was prepared otherwise than the recipe says."""
+    stores = {name: _open_stream(stream) for name, stream in config.by_stream().items()}
     for name, stream in config.by_stream().items():
-        stores[name] = LocalStore(prepare_and_tell(stream))
         ensure_packing(stores[name], stream, tell=functools.partial(print, flush=True))
     return stores
+
+
+def _open_stream(config: DataConfig) -> Store:
+    if not is_remote(config.directory):
+        return open_store(prepare_and_tell(config), config)
+    store = open_store(config.directory, config)
+    _refuse_other_preparation(read_manifest(store), config)
+    return store
+
+
+def _refuse_other_preparation(manifest: Manifest, config: DataConfig) -> None:
+    """Whatever the recipe says of the preparation of a dataset that it only reads must be true of it."""
+    found: dict[str, object] = {
+        "source": manifest.source.address,
+        "tokenizer": manifest.tokenizer.spec if manifest.tokenizer else None,
+        "validation_fraction": manifest.validation_fraction,
+        "shard_bytes": manifest.shard_bytes,
+    }
+    for key, value in found.items():
+        asked = getattr(config, key)
+        if asked not in (value, DataConfig.model_fields[key].default):
+            raise ValueError(
+                f"{config.directory}: prepared with data.{key} {value!r}, but the recipe has {asked!r}; "
+                "change or remove that, or choose another data.directory"
+            )
 
 
 def prepare_and_tell(config: DataConfig) -> Path:

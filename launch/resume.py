@@ -18,7 +18,9 @@ _RULES: dict[Verdict, tuple[str, ...]] = {
     "harmless": (
         "run.name", "run.directory", "run.device", "run.max_skipped_in_a_row", "data.directory",
         "data.prefetch_steps", "data.source", "data.streams.*.source", "data.streams.*.directory", "data.workers",
-        "batch.micro_samples", "parallel.engine", "parallel.zero_stage", "parallel.replicas", "parallel.offload",
+        "data.cache_directory", "data.cache_bytes", "data.download_threads", "data.download_retries",
+        "data.download_pause_seconds", "data.download_timeout_seconds", "batch.micro_samples",
+        "parallel.engine", "parallel.zero_stage", "parallel.replicas", "parallel.offload",
         "parallel.activation_checkpointing", "parallel.compile", "parallel.deepspeed_config",
         "parallel.timeout_seconds", "checkpoint.", "evaluation.", "tracking.",
     ),

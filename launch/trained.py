@@ -12,9 +12,11 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from data.addresses import is_remote, parse_address
+from data.config import DataConfig
 from data.packing import ensure_packing
 from data.plan import Plan
-from data.store import LocalStore, Store
+from data.store import Store, open_store
 from data.stream import MicroBatch
 from distrib.checkpoint import Checkpoint, load_tensors, open_checkpoint, read_newest_good
 from distrib.initialisation import make_initialised_model
@@ -50,7 +52,7 @@ def load_trained(run_directory: Path, checkpoint: Path | None, datasets: Sequenc
         )
     config = parse_recipe(parse_yaml(recipe.read_text(), f"recipe {recipe}"), source=f"recipe {recipe}")
     world = single_process_world(device)
-    stores = _dataset_stores(run_directory, datasets)
+    stores = _dataset_stores(run_directory, datasets, config.data)
     for store in stores.values():
         ensure_packing(store, config.data)
     materials = open_materials(config, stores)
@@ -121,24 +123,24 @@ def generate_from_run(
     return tokenizer.decode(tokens)
 
 
-def _dataset_stores(run_directory: Path, given: Sequence[str]) -> dict[str, Store]:
+def _dataset_stores(run_directory: Path, given: Sequence[str], config: DataConfig) -> dict[str, Store]:
     """Where the datasets of a run lie. They are never prepared anew: their sources may have changed since."""
     identity = run_directory / "run.json"
     recorded = json.loads(identity.read_text()).get("datasets", {}) if identity.is_file() else {}
-    directories = {name: Path(entry["directory"]) for name, entry in recorded.items()}
+    places = {name: parse_address(entry["directory"]) for name, entry in recorded.items()}
     for text in given:
-        name, _, directory = text.rpartition("=")
-        if recorded and name not in directories:
-            raise ValueError(
-                f"--dataset {text}: the run's streams are {', '.join(directories) or 'one without a name'}"
-            )
-        directories[name] = Path(directory)
-    if not directories:
+        name, equals, place = text.partition("=")
+        if not equals or "/" in name:  # the equals sign is of a path
+            name, place = "", text
+        if recorded and name not in places:
+            raise ValueError(f"--dataset {text}: the run's streams are {', '.join(places) or 'one without a name'}")
+        places[name] = parse_address(place)
+    if not places:
         raise ValueError(f"{run_directory}: does not say which dataset it was trained on; name it with --dataset")
-    for path in directories.values():
-        if not path.is_dir():
-            raise ValueError(f"{path}: the dataset of {run_directory} is not there; name its place with --dataset")
-    return {name: LocalStore(directory) for name, directory in directories.items()}
+    for address in places.values():
+        if not is_remote(address) and not Path(address).is_dir():
+            raise ValueError(f"{address}: the dataset of {run_directory} is not there; name its place with --dataset")
+    return {name: open_store(place, config) for name, place in places.items()}
 
 
 def _load_checkpoint(run_directory: Path, checkpoint: Path | None, module: nn.Module, world: World) -> Checkpoint:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.addresses import is_remote
+from data.downloads import describe_downloads
 from data.plan import Plan
+from data.store import open_cache
 from data.stream import Stream, evaluation_batches
 from distrib.checkpoint import Checkpoint, load_tensors, newest_good_checkpoint, open_checkpoint
 from distrib.engine import CanonicalState, EngineSetup
@@ -27,7 +31,7 @@ from launch.ledger import Ledger
 from launch.materials import Materials, open_materials
 from launch.meter import Meter
 from launch.planning import check_orders, continue_plan, describe_epochs, segment_of
-from launch.preparing import prepare_streams
+from launch.preparing import open_streams
 from launch.recipe import dump_recipe, parse_recipe
 from launch.resume import refuse_impossible_changes
 from launch.run_directory import (
@@ -58,8 +62,8 @@ def run_attempt(
     Raises what ended the attempt early, after `outcome.json` says so.
     """
     begun = time.monotonic()
-    on_rank_zero(world, lambda: prepare_streams(config.data))
-    materials = together(world, lambda: open_materials(config, prepare_streams(config.data)))
+    on_rank_zero(world, lambda: open_streams(config.data))
+    materials = together(world, lambda: open_materials(config, open_streams(config.data)))
     claimed = on_rank_zero(world, lambda: claim(config, resume))
     path, identity = world.broadcast_object((claimed.path, claimed.identity) if claimed else None)
     run = claimed or RunDirectory(path, identity)
@@ -68,7 +72,8 @@ def run_attempt(
     try:
         attempt = together(world, lambda: _set_up(config, world, run, materials, stop))
         _resume(attempt, resume, allow_change=allow_change)
-        data_lines = together(world, lambda: _check_plan(attempt))
+        nodes = len({*world.gather_objects(platform.node())})
+        data_lines = together(world, lambda: _check_plan(attempt, nodes))
         _begin(attempt)
         for line in data_lines:
             attempt.say(line)
@@ -169,10 +174,19 @@ def _recipe_changes(config: RunConfig, checkpoint: Checkpoint, *, allow_change: 
     return refuse_impossible_changes(before, config, allow_change=allow_change)
 
 
-def _check_plan(attempt: Attempt) -> list[str]:
-    """What the run will read of each stream, a line each. Raises ValueError where it cannot or may not."""
-    check_orders(attempt.plan, attempt.materials.training)
-    return describe_epochs(attempt.config, attempt.plan, attempt.materials.training, _stop_position(attempt))
+def _check_plan(attempt: Attempt, nodes: int) -> list[str]:
+    """What the run will read of each stream, and fetch to each of so many nodes. Raises ValueError where it cannot or
+    may not."""
+    config, training, stop = attempt.config, attempt.materials.training, _stop_position(attempt)
+    check_orders(attempt.plan, training)
+    return describe_epochs(config, attempt.plan, training, stop) + describe_downloads(
+        attempt.plan,
+        training,
+        position=attempt.ledger.position,
+        stop_position=stop,
+        nodes=nodes,
+        cache=open_cache(config.data),
+    )
 
 
 def _stop_position(attempt: Attempt) -> int:
@@ -187,7 +201,7 @@ def _begin(attempt: Attempt) -> None:
 
     def put_on_record() -> None:
         run.identity["datasets"] = {
-            name: {"directory": str(Path(dataset.address).resolve()), "fingerprint": dataset.fingerprint}
+            name: {"directory": _lasting(dataset.address), "fingerprint": dataset.fingerprint}
             for name, dataset in attempt.materials.training.items()
         }
         write_durably(run.path / "recipe.yaml", dump_recipe(config).encode())
@@ -318,6 +332,11 @@ def _flops_per_item(attempt: Attempt) -> float | None:
         attempt.say(f"the FLOPs of {attempt.config.model.kind} are not counted: it fails on the meta device ({reason})")
         return None
     return flops / materials.task.items(materials.task.example(materials.shape, 1))
+
+
+def _lasting(address: str) -> str:
+    """An address that means the same from another working directory."""
+    return address if is_remote(address) else str(Path(address).resolve())
 
 
 def _device_name(device: torch.device) -> str:

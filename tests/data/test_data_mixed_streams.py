@@ -32,6 +32,7 @@ class Numbers:
     mixes: bool = False
     packing_identity: str | None = None
     sample_bytes: int = 16
+    looks_ahead_samples: int = 0
     facts: DatasetFacts = field(default_factory=lambda: DatasetFacts(kind="images"))
 
     @property

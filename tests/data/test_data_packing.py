@@ -26,7 +26,7 @@ from data.manifest import fingerprint_of
 from data.packing import best_fit, ensure_packing, head_name, pack_shard
 from data.plan import Plan, Segment, StreamPart
 from data.prepare import prepare
-from data.store import LocalStore, read_manifest
+from data.store import LocalStore, open_store, read_manifest
 from data.stream import Stream
 from data.token_dataset import TokenDataset
 from tests.data.data_helpers import prepared_tokens, write_images, write_jsonl
@@ -415,24 +415,16 @@ def test_nothing_is_written_through_a_link(small: Path, tmp_path: Path) -> None:
     assert outside.read_text() == "precious"
 
 
-class Elsewhere:
-    """A store that is no directory of this machine."""
-
-    address = "far://away"
-
-    def __init__(self, directory: Path) -> None:
-        local = LocalStore(directory)
-        self.read, self.check, self.fetch = local.read, local.check, local.fetch
-
-
-def test_a_packing_elsewhere_is_read_and_not_written(small: Path) -> None:
+def test_a_packing_elsewhere_is_read_and_not_written(small: Path, tmp_path: Path) -> None:
     config = DataConfig(sequence_tokens=24, packing="best_fit")
-    ensure_packing(Elsewhere(small), config)
-    here, there = (open_dataset(store, config, "train") for store in (LocalStore(small), Elsewhere(small)))
+    address = f"file://{small.absolute()}"
+    elsewhere = open_store(address, DataConfig(directory=address, cache_directory=tmp_path / "cache"))
+    ensure_packing(elsewhere, config)
+    here, there = (open_dataset(store, config, "train") for store in (LocalStore(small), elsewhere))
     assert there.gather(np.arange(there.samples))[1].tolist() == here.gather(np.arange(here.samples))[1].tolist()
     forget_packing(small)
-    with pytest.raises(ValueError, match=r"far://away: packing-.*because it is no directory of this machine; run"):
-        ensure_packing(Elsewhere(small), config)
+    with pytest.raises(ValueError, match=r"file://.*: packing-.*because it is no directory of this machine; run"):
+        ensure_packing(elsewhere, config)
 
 
 def test_images_have_no_documents(tmp_path: Path) -> None:

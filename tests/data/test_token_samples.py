@@ -88,13 +88,13 @@ def test_a_shard_is_checked_once_all_its_samples_were_read_though_they_leave_a_r
     dataset = opened((directory, config))
     assert sum(entry.data.bytes for entry in read_manifest(LocalStore(directory)).splits["train"].shards) > BLOCK_BYTES
     dataset.gather(np.arange(dataset.samples))
-    assert dataset._shard(0).checked
+    assert dataset._shards[0].checked
 
 
 def test_rows_end_with_their_map(many_shards: tuple[Path, DataConfig]) -> None:
     dataset = opened(many_shards)
     dataset.gather(np.arange(dataset.samples))
-    map = dataset._shard(0).map
+    map = dataset._shards[0].map
     rows = MappedRows(10)
     rows.add(map)
     last = address_of(map) + len(map) - 10

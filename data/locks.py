@@ -1,0 +1,64 @@
+"""Locks between processes that a crash cannot leave behind: the kernel releases them with the process that holds them."""
+
+import fcntl
+import os
+from io import FileIO
+from pathlib import Path
+
+
+def take_lock(path: Path, *, wait: bool) -> FileIO | None:
+    """The file at `path`, made if there is none, open for appending and locked until it is closed.
+
+    None where another one holds it and `wait` is false. Whoever holds the lock may remove or rename the file: those
+    who waited for it begin again with a new one. Threads of one process exclude each other too.
+    """
+    while True:
+        try:
+            file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666), "r+")
+        except FileNotFoundError:
+            make_directory(path.parent)
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _lies_at(file, path):
+                return file
+        except BlockingIOError:
+            file.close()
+            return None
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def release(file: FileIO) -> None:
+    """Give the lock up, but keep the file open."""
+    fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and what it lies in, even while others delete them. OSError as the file system raises it."""
+    while True:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            return
+        except FileNotFoundError:  # a directory above it was just deleted
+            continue
+        except FileExistsError:
+            if path.exists():
+                raise
+
+
+def listing(directory: Path) -> list[Path]:
+    """What lies in a directory; nothing where it was deleted."""
+    try:
+        return list(directory.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _lies_at(file: FileIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,129 @@
+"""A real HTTP server on loopback that serves a directory and fails in the ways that servers and networks fail."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Literal
+from urllib.parse import unquote
+
+FaultKind = Literal["status", "reset", "stall", "truncate", "flip", "longer"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong with one response: a status, or something after (at) byte `at` of the body."""
+
+    kind: FaultKind
+    at: int = 0
+    status: int = 500
+
+
+@dataclass
+class FaultyServer:
+    """`faults[name]` are used up one by one by GETs of that file; `always[name]` is not used up."""
+
+    directory: Path
+    ranges: bool = True
+    faults: dict[str, list[Fault]] = field(default_factory=lambda: defaultdict(list))
+    always: dict[str, Fault] = field(default_factory=dict)
+    requests: Counter[str] = field(default_factory=Counter)
+    sent: Counter[str] = field(default_factory=Counter)
+    sleepers: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    address: str = ""
+
+    def next_fault(self, name: str) -> Fault | None:
+        with self.lock:
+            self.requests[name] += 1
+            return self.faults[name].pop(0) if self.faults[name] else self.always.get(name)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    state: FaultyServer
+
+    def do_GET(self) -> None:
+        name = unquote(self.path).lstrip("/")
+        fault = self.state.next_fault(name)
+        try:
+            content = (self.state.directory / name).read_bytes()
+        except OSError:
+            return self._refuse(404)
+        if fault is not None and fault.kind == "status":
+            return self._refuse(fault.status)
+        start = self._range_start()
+        if start >= len(content) > 0:
+            return self._refuse(416)
+        body = bytearray(content)
+        if fault is not None and fault.kind == "flip":
+            body[fault.at] ^= 1
+        if fault is not None and fault.kind == "truncate":
+            del body[fault.at :]
+        if fault is not None and fault.kind == "longer":
+            body += b"more"
+        part = bytes(body[start:])
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        broken = fault is not None and fault.kind in ("reset", "stall")
+        part = part[: max(0, fault.at - start)] if broken and fault is not None else part
+        self.wfile.write(part)
+        self.state.sent[name] += len(part)
+        if broken and fault is not None:
+            self._break_off(fault)
+        return None
+
+    def _break_off(self, fault: Fault) -> None:
+        self.wfile.flush()
+        if fault.kind == "stall":
+            self.state.sleepers.wait(60)
+        else:  # a reset, not an end: lingering for no time makes the kernel send one
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.connection.close()
+
+    def _range_start(self) -> int:
+        header = self.headers.get("Range", "")
+        return int(header.removeprefix("bytes=").partition("-")[0]) if header and self.state.ranges else 0
+
+    def _refuse(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        """Nothing: what was asked for is in `requests`."""
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *arguments: object) -> None:
+        """Nothing: broken connections are what this server is for."""
+
+
+@contextlib.contextmanager
+def serving(directory: Path, *, ranges: bool = True) -> Iterator[FaultyServer]:
+    """Serve a directory until the end of the block."""
+    os.environ["NO_PROXY"] = "127.0.0.1"
+    state = FaultyServer(directory, ranges)
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": state}))
+    state.address = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield state
+    finally:
+        state.sleepers.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
