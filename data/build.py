@@ -1,146 +1,361 @@
-"""Building a dataset in an empty directory: documents are split, tokenized or checked, and written to shards."""
+"""Building: the documents of a unit are tokenized or checked, and the units of a group become its shards."""
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO, Literal
 
-from data.config import DataConfig
-from data.manifest import SPLITS, ImagesEntry, Manifest, ShardEntry, SourceEntry, Split, SplitEntry
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from data.manifest import ShardEntry, TokenizerEntry, check_shard
 from data.pictures import GREY_MODES, decode
-from data.shards import ImageShardWriter, TokenShardWriter
-from data.sources import Document, EncodedImage, ImageSource, TextSource
-from data.tokenizers import ByteTokenizer, Tokenizer, load_published, tokenizer_entry, train_bpe
+from data.shards import ImageShard, ImageShardWriter, TokenShardWriter
+from data.source_reading import Document, EncodedImage, UnitInput, read_unit
+from data.store import LocalStore
+from data.tokenizers import Tokenizer, open_tokenizer
+from data.workspace import (
+    Content,
+    GroupRecord,
+    PartEntry,
+    PartName,
+    Shape,
+    UnitRecord,
+    Workspace,
+    common_shape,
+    is_intact,
+    tokenizer_hash,
+)
 
-Progress = Callable[[int, int], None]
+# documents, tokens and bytes of a unit since the last call
+Report = Callable[[int, int, int], None]
 
-# Documents are tokenized together in groups of about this size: enough for the library's threads, little in memory.
-GROUP_CHARACTERS = 4_000_000
+# Documents are tokenized together in batches of about this size: little in memory, and seldom told of.
+BATCH_CHARACTERS = 1 << 19
+IMAGES_PER_REPORT = 64
 
 
-def split_of(content: bytes, validation_fraction: float) -> Split:
+def split_of(content: bytes, validation_fraction: float) -> str:
     """The split of a document: a function of its content alone, so neither order nor neighbours matter."""
     key = hashlib.blake2b(content, digest_size=8, person=b"lockstep split").digest()
     return "validation" if int.from_bytes(key, "little") < int(validation_fraction * 2**64) else "train"
 
 
-@dataclass
-class _ShardSeries:
-    """The shards of one split: a shard is closed before a document would make it larger than it may be."""
+@dataclass(frozen=True)
+class Job:
+    """What every task of a preparation needs to know. `tokenizer` lies in the workspace's dataset/; None for images."""
 
-    new_writer: Callable[[Path], TokenShardWriter | ImageShardWriter]
-    workspace: Path
-    split: Split
+    root: str
+    validation_fraction: float | None
     shard_bytes: int
-    entries: list[ShardEntry] = field(default_factory=list)
-    writer: TokenShardWriter | ImageShardWriter | None = None
+    dtype: Literal["uint16", "uint32"] | None
+    tokenizer: TokenizerEntry | None
 
-    def writer_for(self, document_bytes: int) -> TokenShardWriter | ImageShardWriter:
-        """The writer that a document of so many bytes goes to."""
-        if self.writer is not None and self.writer.bytes + document_bytes > self.shard_bytes:
-            self._end_shard()
-        if self.writer is None:
-            self.writer = self.new_writer(self.workspace / f"{self.split}-{len(self.entries):05d}")
-        return self.writer
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self) | {"tokenizer": self.tokenizer and self.tokenizer.model_dump(mode="json")}
 
-    def _end_shard(self) -> None:
-        assert self.writer is not None
-        self.entries.append(self.writer.finish())
-        self.writer = None
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Job":
+        """What `as_json` made."""
+        entry = values["tokenizer"] and TokenizerEntry.model_validate(values["tokenizer"], strict=False)
+        return cls(**{**values, "tokenizer": entry})
 
-    def finish(self) -> SplitEntry:
-        """Close the last shard and sum up."""
-        self._end_shard()
-        tokens = [entry.tokens for entry in self.entries if entry.tokens is not None]
-        documents = sum(entry.documents for entry in self.entries)
-        return SplitEntry(documents=documents, tokens=sum(tokens) if tokens else None, shards=tuple(self.entries))
+
+@dataclass
+class _Part:
+    """One of a unit's files, written as it grows. It need not reach the disk: its hash tells whether it did."""
+
+    path: Path
+    file: BinaryIO
+    hash: Any = field(default_factory=xxhash.xxh3_128)
+    bytes: int = 0
+
+    def write(self, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        self.file.write(view)
+        self.hash.update(view)
+        self.bytes += len(view)
+
+
+class Builder:
+    """Carries out the tasks of one job in one process."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.workspace = Workspace(Path(job.root))
+        self.tokenizer_hash = tokenizer_hash(job.tokenizer)
+        self._tokenizer: Tokenizer | None = None
+        if job.tokenizer is not None:
+            self._tokenizer = open_tokenizer(LocalStore(self.workspace.dataset), job.tokenizer)
+
+    def build_unit(self, number: int, unit: UnitInput, report: Report) -> UnitRecord:
+        """Read a unit and write its documents, those of each split one after the other, and then its record."""
+        with contextlib.ExitStack() as files:
+            parts: dict[str, dict[PartName, _Part]] = {}
+
+            def part(split: str, name: PartName) -> _Part:
+                of_split = parts.setdefault(split, {})
+                if name not in of_split:
+                    path = self.workspace.temporary(self.workspace.part_path(number, split, name).name)
+                    of_split[name] = _Part(path, files.enter_context(path.open("wb")))
+                return of_split[name]
+
+            documents = read_unit(unit)
+            if self._tokenizer is not None:
+                content = self._add_texts(documents, unit.into, part, report)  # type: ignore[arg-type]
+            else:
+                content = self._add_images(documents, unit.into, part, report)  # type: ignore[arg-type]
+        for split, of_split in parts.items():
+            for name, written in of_split.items():
+                self.workspace.publish(written.path, self.workspace.part_path(number, split, name))
+        record = UnitRecord(
+            unit=number,
+            tokenizer=self.tokenizer_hash,
+            content=content,
+            splits={
+                split: {name: PartEntry(bytes=p.bytes, xxh3=p.hash.hexdigest()) for name, p in of_split.items()}
+                for split, of_split in parts.items()
+            },
+        )
+        self.workspace.write_record(record, self.workspace.unit_path(number))
+        return record
+
+    def _split(self, content: bytes, into: str | None) -> str:
+        if into is not None:
+            return into
+        assert self.job.validation_fraction is not None
+        return split_of(content, self.job.validation_fraction)
+
+    def _add_texts(
+        self, texts: Iterator[Document], into: str | None, part: Callable[[str, PartName], _Part], report: Report
+    ) -> Content:
+        assert self._tokenizer is not None
+        end = np.array([self._tokenizer.end_of_document], dtype=self._tokenizer.dtype)
+        content, lengths = Content(), dict[str, int]()
+        for batch in _batches(texts):
+            encoded = self._tokenizer.encode_batch([document.text for document in batch])
+            pieces: dict[str, list[npt.NDArray[Any]]] = {}
+            size_bytes = 0
+            for document, tokens in zip(batch, encoded, strict=True):
+                text = utf8(document)
+                size_bytes += len(text)
+                pieces.setdefault(self._split(text, into), []).extend((tokens, end))
+            for split, arrays in pieces.items():
+                sizes = np.array([len(array) for array in arrays], dtype="<u8").reshape(-1, 2).sum(axis=1)
+                ends = np.cumsum(sizes, dtype="<u8") + np.uint64(lengths.get(split, 0))
+                lengths[split] = int(ends[-1])
+                part(split, "data").write(np.concatenate(arrays).astype(end.dtype.newbyteorder("<"), copy=False))
+                part(split, "ends").write(ends)
+            count = sum(len(array) for arrays in pieces.values() for array in arrays)
+            report(len(batch), count, size_bytes)
+            content = Content.together([content, Content(documents=len(batch), tokens=count, size_bytes=size_bytes)])
+        return content
+
+    def _add_images(
+        self, images: Iterator[EncodedImage], into: str | None, part: Callable[[str, PartName], _Part], report: Report
+    ) -> Content:
+        content, lengths = Content(), dict[str, int]()
+        while some := list(itertools.islice(images, IMAGES_PER_REPORT)):
+            shape = common_shape([_shape(image) for image in some])  # each is decoded once, as a check
+            for image in some:
+                split = self._split(image.encoded, into)
+                lengths[split] = lengths.get(split, 0) + len(image.encoded)
+                part(split, "data").write(image.encoded)
+                part(split, "ends").write(np.array([lengths[split]], dtype="<u8"))
+                part(split, "labels").write(np.array([image.label], dtype="<i8"))
+            size_bytes = sum(len(image.encoded) for image in some)
+            report(len(some), 0, size_bytes)
+            highest = max(image.label for image in some)
+            found = Content(documents=len(some), size_bytes=size_bytes, shape=shape, highest_label=highest)
+            content = Content.together([content, found])
+        return content
+
+    def build_group(self, group: int, units: Iterable[int]) -> GroupRecord | list[int]:
+        """Write a group's shards and its record, and remove its units; or tell which units must be made again."""
+        series = _Series(self, group)
+        contents: list[Content] = []
+        records = [(unit, self.workspace.unit_record(unit, self.tokenizer_hash)) for unit in units]
+        bad = [unit for unit, record in records if record is None or not self._parts_intact(record)]
+        if bad:
+            return bad
+        with contextlib.closing(series):
+            for _, record in records:
+                assert record is not None
+                contents.append(record.content)
+                for split in sorted(record.splits):
+                    series.extend(split, *self._open_parts(record, split))
+            splits = series.finish()
+        made = GroupRecord(
+            group=group, tokenizer=self.tokenizer_hash, content=Content.together(contents), splits=splits
+        )
+        self.workspace.write_record(made, self.workspace.group_path(group))
+        for _, record in records:
+            assert record is not None
+            self.workspace.drop_unit(record)
+        return made
+
+    def _parts_intact(self, record: UnitRecord) -> bool:
+        """Whether a unit's files are as they were written, and hold what the record says."""
+        documents = tokens = 0
+        for split, parts in record.splits.items():
+            if set(parts) != ({"data", "ends"} if self.job.dtype else {"data", "ends", "labels"}):
+                return False
+            for name, entry in parts.items():
+                try:
+                    content = _map(self.workspace.part_path(record.unit, split, name), "u1")
+                except (OSError, ValueError):
+                    return False
+                if content.size != entry.bytes or xxhash.xxh3_128_hexdigest(content.data) != entry.xxh3:
+                    return False
+            if parts["ends"].bytes % 8 or (self.job.dtype and parts["data"].bytes % np.dtype(self.job.dtype).itemsize):
+                return False
+            data, ends, labels = self._open_parts(record, split)
+            rising = bool((ends[1:] > ends[:-1]).all()) and ends[0] > 0
+            if not rising or int(ends[-1]) != data.size or (labels is not None and labels.size != ends.size):
+                return False
+            documents += ends.size
+            tokens += data.size if self.job.dtype else 0
+        return (documents, tokens) == (record.content.documents, record.content.tokens)
+
+    def _open_parts(
+        self, record: UnitRecord, split: str
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint64], npt.NDArray[np.int64] | None]:
+        def part(name: str, dtype: str) -> npt.NDArray[Any]:
+            return _map(self.workspace.part_path(record.unit, split, name), dtype)
+
+        data = part("data", "u1" if self.job.dtype is None else np.dtype(self.job.dtype).newbyteorder("<").str)
+        return data, part("ends", "<u8"), part("labels", "<i8") if self.job.dtype is None else None
+
+    def verify_group(self, group: int) -> GroupRecord | None:
+        """A finished group whose every byte is as it was written; None if it must be made again."""
+        record = self.workspace.group_record(group, self.tokenizer_hash)
+        if record is None:
+            return None
+        for split, shards in record.splits.items():
+            for number, shard in enumerate(shards):
+                expected = [stem_of(split, group, number) + suffix for suffix in self._suffixes]
+                if [file.name for file in shard.files()] != expected:
+                    return None
+                if not all(is_intact(self.workspace.dataset, file) for file in shard.files()):
+                    return None
+                if not self._counts_agree(shard):
+                    return None
+        return record
+
+    @property
+    def _suffixes(self) -> tuple[str, ...]:
+        return (".arrow",) if self.job.dtype is None else (".bin", ".docs")
+
+    def _counts_agree(self, shard: ShardEntry) -> bool:
+        try:
+            check_shard(shard, self.job.dtype)
+            if self.job.dtype is None:
+                image_shard = ImageShard(LocalStore(self.workspace.dataset), shard)
+                for row in range(shard.documents):
+                    image_shard.read(row)
+        except (ValueError, IndexError):  # CorruptData among them
+            return False
+        return True
+
+
+def stem_of(split: str, group: int, number: int) -> str:
+    """The name, without its suffix, of the shard `number` of a group: `train-00003`, `train-00003_001`, ..."""
+    return f"{split}-{group:05d}" + (f"_{number:03d}" if number else "")
+
+
+class _Series:
+    """The shards of a group: in each split, one is closed before a document would make it larger than it may be."""
+
+    def __init__(self, builder: Builder, group: int) -> None:
+        self._workspace = builder.workspace
+        self._job = builder.job
+        self._group = group
+        self._writers: dict[str, TokenShardWriter | ImageShardWriter] = {}
+        self._entries: dict[str, list[ShardEntry]] = {}
+
+    def extend(
+        self,
+        split: str,
+        data: npt.NDArray[Any],
+        ends: npt.NDArray[np.uint64],
+        labels: npt.NDArray[np.int64] | None,
+    ) -> None:
+        """Append documents to a split: `ends` counts elements of `data`."""
+        # As signed integers: differences of unsigned ones would wrap.
+        stops = ends.astype(np.int64)
+        first = 0
+        while first < len(stops):
+            writer = self._writers.get(split) or self._begin(split)
+            start = int(stops[first - 1]) if first else 0
+            room = (self._job.shard_bytes - writer.bytes) // data.itemsize
+            last = int(np.searchsorted(stops, start + room, side="right"))
+            if last <= first:
+                if writer.bytes:
+                    self._end(split)
+                    continue
+                last = first + 1  # larger than a shard may be: it has one to itself
+            part, inside = data[start : int(stops[last - 1])], stops[first:last] - start
+            if isinstance(writer, TokenShardWriter):
+                writer.extend(part, inside.astype(np.uint64))
+            else:
+                assert labels is not None
+                begins = [0, *inside[:-1].tolist()]
+                for begin, end, label in zip(begins, inside.tolist(), labels[first:last].tolist(), strict=True):
+                    writer.add(part[begin:end].tobytes(), label)
+            first = last
+
+    def _begin(self, split: str) -> TokenShardWriter | ImageShardWriter:
+        entries = self._entries.setdefault(split, [])
+        stem = self._workspace.temporary(stem_of(split, self._group, len(entries)))
+        dtype = self._job.dtype
+        self._writers[split] = ImageShardWriter(stem) if dtype is None else TokenShardWriter(stem, dtype)
+        return self._writers[split]
+
+    def _end(self, split: str) -> None:
+        entry = self._writers.pop(split).finish()
+        for file in entry.files():
+            self._workspace.publish(self._workspace.temporary(file.name), self._workspace.dataset / file.name)
+        self._entries[split].append(entry)
+
+    def finish(self) -> dict[str, tuple[ShardEntry, ...]]:
+        """Close the last shards."""
+        for split in list(self._writers):
+            self._end(split)
+        return {split: tuple(entries) for split, entries in self._entries.items()}
 
     def close(self) -> None:
         """Give up what is open."""
-        if self.writer is not None:
-            self.writer.close()
+        for writer in self._writers.values():
+            writer.close()
 
 
-@contextlib.contextmanager
-def _series(
-    config: DataConfig, workspace: Path, new_writer: Callable[[Path], TokenShardWriter | ImageShardWriter]
-) -> Iterator[dict[Split, _ShardSeries]]:
-    series: dict[Split, _ShardSeries] = {
-        split: _ShardSeries(new_writer, workspace, split, config.shard_bytes) for split in SPLITS
-    }
-    try:
-        yield series
-    finally:
-        for one in series.values():
-            one.close()
+def _map(path: Path, dtype: str) -> npt.NDArray[Any]:
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
-def _finish(series: dict[Split, _ShardSeries], config: DataConfig, what: str, count: int) -> dict[Split, SplitEntry]:
-    empty = [split for split in SPLITS if series[split].writer is None]
-    if len(empty) == len(SPLITS):
-        raise ValueError(f"source {config.source}: empty, there are no {what} in it; correct data.source")
-    if empty:
-        raise ValueError(
-            f"source {config.source}: no {what} for {empty[0]} with data.validation_fraction "
-            f"{config.validation_fraction} (each of the {count} goes to one side, by its hash); change the "
-            f"fraction or give more {what}"
-        )
-    return {split: one.finish() for split, one in series.items()}
-
-
-def build_tokens(source: TextSource, config: DataConfig, workspace: Path, progress: Progress | None) -> Manifest:
-    """Tokenize a text source into shards in `workspace`. BPE is trained on the training documents alone."""
-    tokenizer = _make_tokenizer(source, config)
-    entry = tokenizer_entry(tokenizer, config.tokenizer, workspace)
-    documents = size_bytes = 0
-    with _series(config, workspace, lambda stem: TokenShardWriter(stem, tokenizer.dtype)) as series:
-        for group in _groups(source):
-            encoded = tokenizer.encode_batch([document.text for document in group])
-            for document, tokens in zip(group, encoded, strict=True):
-                content = _utf8(document)
-                writer = series[split_of(content, config.validation_fraction)].writer_for(
-                    tokens.nbytes + tokens.itemsize
-                )
-                assert isinstance(writer, TokenShardWriter)
-                writer.add(tokens, tokenizer.end_of_document)
-                documents += 1
-                size_bytes += len(content)
-            if progress:
-                progress(documents, size_bytes)
-        splits = _finish(series, config, "documents", documents)
-    return Manifest(
-        kind="tokens",
-        source=SourceEntry(address=config.source, description=source.description),
-        validation_fraction=config.validation_fraction,
-        shard_bytes=config.shard_bytes,
-        dtype="uint16" if tokenizer.dtype.itemsize == 2 else "uint32",
-        tokenizer=entry,
-        splits=splits,
-    )
-
-
-def _documents(source: TextSource) -> Iterator[Document]:
-    """The source's documents but the empty ones, which hold nothing to learn from (many `__init__.py`)."""
-    return (document for document in source.documents() if document.text)
-
-
-def _groups(source: TextSource) -> Iterator[list[Document]]:
-    group: list[Document] = []
+def _batches(texts: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     characters = 0
-    for document in _documents(source):
-        _utf8(document)
-        group.append(document)
+    for document in texts:
+        if not document.text:
+            continue  # there is nothing to learn from it (many `__init__.py`)
+        utf8(document)
+        batch.append(document)
         characters += len(document.text)
-        if characters >= GROUP_CHARACTERS:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
-def _utf8(document: Document) -> bytes:
+def utf8(document: Document) -> bytes:
+    """A document's bytes; a ValueError for text that is none."""
     try:
         return document.text.encode()
     except UnicodeEncodeError as error:
@@ -150,64 +365,10 @@ def _utf8(document: Document) -> bytes:
         ) from None
 
 
-def _make_tokenizer(source: TextSource, config: DataConfig) -> Tokenizer:
-    if config.tokenizer == "bytes":
-        return ByteTokenizer()
-    if not config.tokenizer.startswith("bpe:"):
-        return load_published(config.tokenizer)
-    training = (
-        document.text
-        for document in _documents(source)
-        if split_of(_utf8(document), config.validation_fraction) == "train"
-    )
-    return train_bpe(config.tokenizer, training)
-
-
-def build_images(source: ImageSource, config: DataConfig, workspace: Path, progress: Progress | None) -> Manifest:
-    """Write the images of a source into shards in `workspace`, as they are encoded; each is decoded once as a check."""
-    images = size_bytes = highest_label = 0
-    shapes: set[tuple[Literal[1, 3], int, int]] = set()
-    with _series(config, workspace, ImageShardWriter) as series:
-        for image in source.images():
-            shapes.add(_shape(image))
-            writer = series[split_of(image.encoded, config.validation_fraction)].writer_for(len(image.encoded))
-            assert isinstance(writer, ImageShardWriter)
-            writer.add(image.encoded, image.label)
-            highest_label = max(highest_label, image.label)
-            images += 1
-            size_bytes += len(image.encoded)
-            if progress and images % 256 == 0:
-                progress(images, size_bytes)
-        splits = _finish(series, config, "images", images)
-    if progress:
-        progress(images, size_bytes)
-    names = source.class_names or tuple(str(label) for label in range(highest_label + 1))
-    if highest_label >= len(names):
-        raise ValueError(f"source {config.source}: label {highest_label}, but there are only {len(names)} classes")
-    return Manifest(
-        kind="images",
-        source=SourceEntry(address=config.source, description=source.description),
-        validation_fraction=config.validation_fraction,
-        shard_bytes=config.shard_bytes,
-        images=_common_shape(names, shapes),
-        splits=splits,
-    )
-
-
-def _shape(image: EncodedImage) -> tuple[Literal[1, 3], int, int]:
+def _shape(image: EncodedImage) -> Shape:
     """Channels, height and width of an image that can be decoded; a ValueError for one that cannot."""
     try:
         decoded = decode(image.encoded)
     except ValueError as error:
         raise ValueError(f"source {image.where}: cannot be decoded ({error}); convert the file or remove it") from None
     return 1 if decoded.mode in GREY_MODES else 3, decoded.height, decoded.width
-
-
-def _common_shape(names: tuple[str, ...], shapes: set[tuple[Literal[1, 3], int, int]]) -> ImagesEntry:
-    channels, heights, widths = ({shape[axis] for shape in shapes} for axis in range(3))
-    return ImagesEntry(
-        class_names=names,
-        channels=channels.pop() if len(channels) == 1 else None,  # type: ignore[arg-type]
-        height_pixels=heights.pop() if len(heights) == 1 else None,
-        width_pixels=widths.pop() if len(widths) == 1 else None,
-    )

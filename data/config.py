@@ -1,6 +1,7 @@
 """The recipe's `data` section, and the grammar of source addresses. Imports no torch and no numpy."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,13 +11,18 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validat
 from data.addresses import is_remote, parse_address
 from data.image_config import AugmentationConfig
 
-SourceKind = Literal["stdlib", "digits", "text", "jsonl", "parquet", "images", "hf"]
+SourceKind = Literal["stdlib", "digits", "text", "jsonl", "parquet", "images", "csv", "hf"]
 
 Packing = Literal["concatenate", "best_fit"]
 
 SOURCE_FORMS = (
-    "stdlib, digits, text:PATH, jsonl:PATH#FIELD, parquet:PATH#COLUMN, images:DIR, hf:NAME[:CONFIG][@SPLIT][#COLUMN]"
+    "stdlib, digits, text:PATH, jsonl:PATH#FIELD, parquet:PATH#COLUMN, images:DIR, csv:FILE#IMAGE_COLUMN,LABEL_COLUMN, "
+    "hf:NAME[:CONFIG][@SPLIT][#COLUMN[,LABEL_COLUMN]]; each may be put into one split by SPLIT= before it"
 )
+IMAGE_KINDS = ("digits", "images", "csv")
+SPLIT_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"
+# What a source without SPLIT= is divided into.
+DIVIDED = ("train", "validation")
 
 # Keys that mean nothing to text, and to images.
 IMAGE_OPTIONS = (
@@ -35,8 +41,8 @@ MINIMUM_BPE_SIZE = 257
 class SourceAddress:
     """A parsed source address.
 
-    `location` is the path or hub name ("" for built-in sources), `column` the JSONL field, Parquet or `datasets`
-    column, `config` and `split` only of `hf:` addresses.
+    `location` is the path or hub name ("" for built-in sources), `column` the JSONL field or the column of text or
+    images, `label_column` that of the labels; `config` and `split` only of `hf:` addresses.
     """
 
     kind: SourceKind
@@ -44,6 +50,25 @@ class SourceAddress:
     column: str | None = None
     config: str | None = None
     split: str = "train"
+    label_column: str | None = None
+
+
+@dataclass(frozen=True)
+class GivenSource:
+    """A source as it was given: all of it goes into the split `into`, or, if None, it is divided by content."""
+
+    given: str
+    into: str | None
+    address: SourceAddress
+
+
+def parse_given(given: str) -> GivenSource:
+    """Parse an address that may have SPLIT= before it; a ValueError lists the valid forms."""
+    into, equals, address = given.partition("=")
+    # An `=` further back belongs to the address: text:a=b.
+    if equals and re.match(SPLIT_PATTERN, into):
+        return GivenSource(given, into, parse_source(address))
+    return GivenSource(given, None, parse_source(given))
 
 
 def parse_source(address: str) -> SourceAddress:
@@ -57,18 +82,38 @@ def parse_source(address: str) -> SourceAddress:
         path, _, column = rest.rpartition("#")
         if path and column:
             return SourceAddress(kind=kind, location=path, column=column)  # type: ignore[arg-type]
+    if kind == "csv":
+        path, _, columns = rest.rpartition("#")
+        image, _, label = columns.partition(",")
+        if path and image and label:
+            return SourceAddress(kind="csv", location=path, column=image, label_column=label)
     if kind == "hf" and rest:
         return _parse_hugging_face(address, rest)
     raise ValueError(f"source {address!r} is not an address; the forms are {SOURCE_FORMS}")
 
 
 def _parse_hugging_face(address: str, rest: str) -> SourceAddress:
-    head, hash_mark, column = rest.partition("#")
+    head, hash_mark, columns = rest.partition("#")
     head, at, split = head.partition("@")
     name, colon, config = head.partition(":")
-    if not name or (hash_mark and not column) or (at and not split) or (colon and not config):
+    column, comma, label = columns.partition(",")
+    if not name or (hash_mark and not column) or (at and not split) or (colon and not config) or (comma and not label):
         raise ValueError(f"source {address!r} has an empty part; the forms are {SOURCE_FORMS}")
-    return SourceAddress(kind="hf", location=name, column=column or None, config=config or None, split=split or "train")
+    return SourceAddress(
+        kind="hf",
+        location=name,
+        column=column or None,
+        config=config or None,
+        split=split or "train",
+        label_column=label or None,
+    )
+
+
+def _parse_all(source: str | tuple[str, ...]) -> tuple[GivenSource, ...]:
+    """Parse one source or a list of them; a ValueError if there is none."""
+    if not source:
+        raise ValueError(f"source is empty; the forms are {SOURCE_FORMS}")
+    return tuple(parse_given(given) for given in ((source,) if isinstance(source, str) else source))
 
 
 def _parse_place(place: object) -> Path | str | None:
@@ -92,16 +137,16 @@ class StreamConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    source: str = Field(description=f"source address: {SOURCE_FORMS}")
+    source: str | tuple[str, ...] = Field(description="as data.source")
     directory: Place = Field(None, description="as data.directory")
     weight: float = Field(gt=0, description="share of the samples, relative to the other streams' weights")
     max_epochs: float | None = Field(None, gt=0, description="as data.max_epochs")
 
     @field_validator("source")
     @classmethod
-    def _source_has_a_form(cls, address: str) -> str:
-        parse_source(address)
-        return address
+    def _sources_have_a_form(cls, source: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        _parse_all(source)
+        return source
 
 
 StreamName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=40)]
@@ -112,7 +157,9 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: str = Field("stdlib", description=f"source address: {SOURCE_FORMS}")
+    source: str | tuple[str, ...] = Field(
+        "stdlib", description=f"source address, or a list of them for one dataset: {SOURCE_FORMS}"
+    )
     directory: Place = Field(
         None,
         description="the prepared dataset to use or create, or the address to read one at (s3://, gs://, hf://, "
@@ -173,6 +220,22 @@ class DataConfig(BaseModel):
         60.0, gt=0, description="a server that sends nothing for so long is tried again (http, s3, gs)"
     )
 
+    @property
+    def sources(self) -> tuple[GivenSource, ...]:
+        """The sources, in the order in which they were given."""
+        return _parse_all(self.source)
+
+    @property
+    def source_text(self) -> str:
+        """The sources as messages name them."""
+        return ", ".join(source.given for source in self.sources)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits that preparing makes, sorted."""
+        divided = DIVIDED if any(source.into is None for source in self.sources) else ()
+        return tuple(sorted({*divided, *(source.into for source in self.sources if source.into is not None)}))
+
     @model_validator(mode="after")
     def _refuse_options_of_other_data(self) -> "DataConfig":
         if self.separate_documents and self.sequence_tokens < 2:
@@ -180,16 +243,23 @@ class DataConfig(BaseModel):
                 f"separate_documents needs sequence_tokens of at least 2, not {self.sequence_tokens}: of a sequence of "
                 "one token nothing may be left to learn; raise it"
             )
-        sources = [stream.source for stream in self.streams.values()] or [self.source]
+        sources = [source for stream in self.streams.values() for source in _parse_all(stream.source)] or self.sources
         if is_remote(self.directory) and self.source == type(self).model_fields["source"].default:
             return self  # what lies there is found out there
-        kinds = {parse_source(source).kind for source in sources} - {"hf"}  # what that holds is known once it is opened
-        are_images = {kind in ("digits", "images") for kind in kinds}
+        given = ", ".join(source.given for source in sources)
+        kinds = {source.address.kind for source in sources} - {"hf"}  # what that holds is known once it is opened
+        are_images = {kind in IMAGE_KINDS for kind in kinds}
         if len(are_images) > 1:
-            raise ValueError(f"streams of text and of images cannot be mixed: {', '.join(sources)}")
+            raise ValueError(f"text and images cannot be mixed: {given}; give each a run of its own")
         if are_images:
             held: Literal["images", "text"] = "images" if are_images.pop() else "text"
-            self.refuse_options_of_other_data(held, f"data.source={', '.join(sources)}")
+            self.refuse_options_of_other_data(held, f"data.source={given}")
+        whole = all(source.into is not None for source in sources)
+        if whole and self.validation_fraction != type(self).model_fields["validation_fraction"].default:
+            raise ValueError(
+                f"validation_fraction means nothing to data.source={given}: each source goes into one split as a whole; "
+                "remove it"
+            )
         return self
 
     def refuse_options_of_other_data(self, held: Literal["images", "text"], where: str) -> None:
@@ -224,6 +294,9 @@ class DataConfig(BaseModel):
         common = self.model_dump(exclude={"streams"})
         local = {name: value for name, value in common.items() if name not in self._remote_keys()}
         own = {name: stream.model_dump(exclude={"weight"}) for name, stream in self.streams.items()}
+        for values in own.values():
+            if all(source.into is not None for source in _parse_all(values["source"])):
+                values["validation_fraction"] = type(self).model_fields["validation_fraction"].default
         return {
             name: type(self).model_validate((common if is_remote(values["directory"]) else local) | values)
             for name, values in own.items()
@@ -248,9 +321,9 @@ class DataConfig(BaseModel):
 
     @field_validator("source")
     @classmethod
-    def _source_has_a_form(cls, address: str) -> str:
-        parse_source(address)
-        return address
+    def _sources_have_a_form(cls, source: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        _parse_all(source)
+        return source
 
     @field_validator("tokenizer")
     @classmethod

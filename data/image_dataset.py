@@ -28,7 +28,7 @@ class ImageDataset:
         self._store = store
         self.fingerprint = manifest.fingerprint
         self.packing_identity: str | None = None
-        self._entries = manifest.splits[split].shards
+        self._entries = manifest.split(split, store.address).shards
         self._shards = OpenShards(
             store,
             [[*entry.files()] for entry in self._entries],

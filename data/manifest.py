@@ -15,15 +15,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from data.config import SPLIT_PATTERN
 from data.errors import CorruptData
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 MANIFEST_NAME = "manifest.json"
 BLOCK_BYTES = 1 << 20
 RESTORE = "re-run `lockstep prepare` into a new directory or restore the file"
-
-Split = Literal["train", "validation"]
-SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
 def _plain_name(name: str) -> str:
@@ -36,6 +34,7 @@ PlainName = Annotated[str, AfterValidator(_plain_name)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Count = Annotated[int, Field(ge=1, lt=1 << 62)]
+Split = Annotated[str, Field(pattern=SPLIT_PATTERN)]
 
 
 class _Entry(BaseModel):
@@ -104,32 +103,33 @@ class ImagesEntry(_Entry):
 
 
 class SourceEntry(_Entry):
-    """Where the documents came from: the address as given, and what it stood for."""
+    """Where documents came from: the address as given, SPLIT= included, and what it stood for."""
 
     address: str
     description: str
 
 
 class Manifest(_Entry):
-    """A prepared dataset. `tokenizer` and `dtype` for tokens, `images` for images."""
+    """A prepared dataset. `tokenizer` and `dtype` for tokens, `images` for images.
 
-    format_version: Literal[1] = FORMAT_VERSION
+    `validation_fraction` is None where every source went into one split as a whole.
+    """
+
+    format_version: Literal[2] = FORMAT_VERSION
     kind: Literal["tokens", "images"]
-    source: SourceEntry
-    validation_fraction: float
+    sources: tuple[SourceEntry, ...] = Field(min_length=1)
+    validation_fraction: float | None
     shard_bytes: Count
     dtype: Literal["uint16", "uint32"] | None = None
     tokenizer: TokenizerEntry | None = None
     images: ImagesEntry | None = None
-    splits: dict[Split, SplitEntry]
+    splits: dict[Split, SplitEntry] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _counts_agree(self) -> "Manifest":
         tokens = self.kind == "tokens"
         if tokens != (self.tokenizer is not None) or tokens != (self.dtype is not None) or tokens == bool(self.images):
             raise ValueError(f"a dataset of {self.kind} has the wrong parts")
-        if set(self.splits) != set(SPLITS):
-            raise ValueError(f"splits must be {SPLITS}")
         names = [entry.name for entry in self.files()]
         if len(set(names)) != len(names):
             raise ValueError("two files have one name")
@@ -139,32 +139,25 @@ class Manifest(_Entry):
             if split.tokens != (sum(shard.tokens or 0 for shard in split.shards) if tokens else None):
                 raise ValueError("a split's tokens are not the sum of its shards'")
             for shard in split.shards:
-                self._check_shard(shard)
+                check_shard(shard, self.dtype)
         return self
-
-    def _check_shard(self, shard: ShardEntry) -> None:
-        if self.dtype is None:
-            offsets = shard.batch_offsets
-            good = shard.tokens is None and shard.docs is None and offsets is not None and len(offsets) >= 2
-            if offsets is None or not good or not 0 < offsets[0] < offsets[-1] < shard.data.bytes:
-                raise ValueError(f"{shard.data.name}: not the entry of an image shard")
-            if any(stop <= start for start, stop in itertools.pairwise(offsets)):
-                raise ValueError(f"{shard.data.name}: batch_offsets do not rise")
-        else:
-            if shard.tokens is None or shard.docs is None or shard.batch_offsets is not None:
-                raise ValueError(f"{shard.data.name}: not the entry of a token shard")
-            if shard.data.bytes != shard.tokens * np.dtype(self.dtype).itemsize:
-                raise ValueError(f"{shard.data.name}: its size is not that of {shard.tokens} {self.dtype} tokens")
-            if shard.docs.bytes != shard.documents * 8:
-                raise ValueError(f"{shard.docs.name}: {shard.docs.bytes} bytes are not {shard.documents} offsets")
 
     def files(self) -> Iterator[FileEntry]:
         """Every file but the manifest itself."""
         if self.tokenizer is not None and self.tokenizer.file is not None:
             yield self.tokenizer.file
-        for split in SPLITS:
+        for split in sorted(self.splits):
             for shard in self.splits[split].shards:
                 yield from shard.files()
+
+    def split(self, name: str, where: str) -> SplitEntry:
+        """The split of that name of the dataset at `where`; a ValueError tells which there are."""
+        if name not in self.splits:
+            raise ValueError(
+                f"{where}: no split {name!r}, only {', '.join(sorted(self.splits))}; prepare it with a source for it, such "
+                f"as {name}=ADDRESS"
+            )
+        return self.splits[name]
 
     def as_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values."""
@@ -180,6 +173,24 @@ class Manifest(_Entry):
         return _file_bytes(self.as_json())
 
 
+def check_shard(shard: ShardEntry, dtype: str | None) -> None:
+    """A ValueError for an entry whose counts and sizes cannot be those of a shard; `dtype` of tokens, None for images."""
+    if dtype is None:
+        offsets = shard.batch_offsets
+        good = shard.tokens is None and shard.docs is None and offsets is not None and len(offsets) >= 2
+        if offsets is None or not good or not 0 < offsets[0] < offsets[-1] < shard.data.bytes:
+            raise ValueError(f"{shard.data.name}: not the entry of an image shard")
+        if any(stop <= start for start, stop in itertools.pairwise(offsets)):
+            raise ValueError(f"{shard.data.name}: batch_offsets do not rise")
+    else:
+        if shard.tokens is None or shard.docs is None or shard.batch_offsets is not None:
+            raise ValueError(f"{shard.data.name}: not the entry of a token shard")
+        if shard.data.bytes != shard.tokens * np.dtype(dtype).itemsize:
+            raise ValueError(f"{shard.data.name}: its size is not that of {shard.tokens} {dtype} tokens")
+        if shard.docs.bytes != shard.documents * 8:
+            raise ValueError(f"{shard.docs.name}: {shard.docs.bytes} bytes are not {shard.documents} offsets")
+
+
 def fingerprint_of(manifest: object) -> str:
     """sha256, in hex, of the canonical JSON of a manifest given as plain JSON values."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -193,7 +204,7 @@ def _file_bytes(manifest: object) -> bytes:
 def parse_manifest(content: bytes, path: str) -> Manifest:
     """Read and check a dataset's `manifest.json`.
 
-    CorruptData if any byte of it was altered; ValueError if there is none or a newer Lockstep wrote it.
+    CorruptData if any byte of it was altered; ValueError if another version of Lockstep wrote it.
     """
     damaged = f"{path}: altered or damaged; {RESTORE}"
     try:
@@ -206,6 +217,11 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
         raise ValueError(
             f"{path}: format_version {version} is newer than the {FORMAT_VERSION} that this Lockstep reads; "
             "update Lockstep"
+        )
+    if type(version) is int and version < FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version {version} is older than the {FORMAT_VERSION} that this Lockstep reads; prepare the "
+            "dataset again, into a new directory"
         )
     if _file_bytes(stored) != content:
         raise CorruptData(damaged)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from data.config import DataConfig
 from data.errors import CorruptData
-from data.manifest import SPLITS, Count, FileEntry, Manifest, PlainName, Sha256, ShardEntry, Split, fingerprint_of
+from data.manifest import Count, FileEntry, Manifest, PlainName, Sha256, ShardEntry, Split, fingerprint_of
 from data.shards import HashingFile, expand_ranges, read_document_ends
 from data.store import LocalStore, Store, read_manifest
 
@@ -189,7 +189,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _build(store: LocalStore, manifest: Manifest, sequence_tokens: int) -> None:
     splits: dict[Split, tuple[PackedShardEntry, ...]] = {}
-    for split in SPLITS:
+    for split in sorted(manifest.splits):
         entries = []
         for shard in manifest.splits[split].shards:
             arrays = pack_shard(read_document_ends(store, shard), sequence_tokens)
@@ -230,7 +230,7 @@ def read_packing(store: Store, manifest: Manifest, sequence_tokens: int) -> Pack
     if content is None:
         raise ValueError(f"{path}: missing, so that data.packing=best_fit cannot be read; `lockstep train` builds it")
     packing = _parse_head(content, path, rebuild_hint(sequence_tokens))
-    shards = {split: [shard.data.name for shard in manifest.splits[split].shards] for split in SPLITS}
+    shards = {name: [shard.data.name for shard in split.shards] for name, split in manifest.splits.items()}
     found = {split: [entry.shard for entry in entries] for split, entries in packing.splits.items()}
     if (packing.fingerprint, packing.sequence_tokens, found) != (manifest.fingerprint, sequence_tokens, shards):
         raise CorruptData(f"{path}: is the packing of another dataset; {rebuild_hint(sequence_tokens)}")
@@ -259,6 +259,6 @@ def _parse_head(content: bytes, path: str, hint: str) -> Packing:
         where = ".".join(str(part) for part in first["loc"])
         raise CorruptData(f"{path}: {where}: {first['msg']}; {hint}") from None
     names = [entry.index.name for entries in packing.splits.values() for entry in entries]
-    if set(packing.splits) != set(SPLITS) or any(a == b for a, b in itertools.pairwise(sorted(names))):
+    if any(a == b for a, b in itertools.pairwise(sorted(names))):
         raise CorruptData(damaged)
     return packing

@@ -1,24 +1,31 @@
-"""Preparation: a source becomes a directory of shards with a manifest, completely or not at all. Imports no torch."""
+"""Preparation: sources become a directory of shards with a manifest, completely or not at all. Imports no torch."""
 
 import contextlib
 import errno
 import fcntl
-import glob
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from data.addresses import is_remote
-from data.build import Progress, build_images, build_tokens
-from data.config import DataConfig, parse_source
-from data.manifest import FORMAT_VERSION, MANIFEST_NAME
-from data.shards import HashingFile
-from data.sources import ImageSource, TextSource, open_source, source_state
+from data.build import Job
+from data.config import IMAGE_KINDS, DataConfig, bpe_size
+from data.dataset_files import finish_dataset, sync_directory
+from data.manifest import FORMAT_VERSION, TokenizerEntry
+from data.schedule import UnitSchedule, Verification, Watch
+from data.sources import Source, common_class_names, open_source, source_state
 from data.store import LocalStore, read_manifest
+from data.tokenizers import Tokenizer
+from data.units import Plan, Unit, fraction_of, make_plan, plan_units
+from data.vocabulary import Tell, identify_tokenizer, place_tokenizer
+from data.workers import work_through
+from data.workspace import GroupRecord, TokenizerRecord, Workspace, directory_name, is_intact, tokenizer_hash
 
 # No room on the disk, over the quota, over the process's limit of file size.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -35,64 +42,272 @@ UNWRITABLE = (
 )
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of several processes, on as many machines, that prepare one dataset together: `number` from 1 to `of`."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """Read I/N; a ValueError for anything else."""
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text, re.ASCII)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise ValueError(f"--part {text}: must be I/N with I from 1 to N, such as 1/8")
+        return cls(int(match[1]), int(match[2]))
+
+    def owns(self, group: int) -> bool:
+        """Whether a group is this part's to make."""
+        return group % self.of == self.number - 1
+
+
 def prepared_directory(config: DataConfig) -> Path:
     """Where the dataset lies or will lie: `config.directory`, or a name made from all that determines its bytes."""
     if is_remote(config.directory):
         raise ValueError(f"{config.directory}: datasets are prepared on a local disk; prepare there, then copy it")
     if config.directory is not None:
         return Path(config.directory)
-    address = parse_source(config.source)
-    identity = _identity(config) | {"format_version": FORMAT_VERSION, "state": source_state(address)}
+    state = [source_state(source.address) for source in config.sources]
+    identity = _identity(config) | {"format_version": FORMAT_VERSION, "state": state}
     tokenizer_file = Path(config.tokenizer).expanduser()
     if tokenizer_file.is_file():
         identity["tokenizer_sha256"] = hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", config.source).strip("-").lower()[-40:].strip("-")
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", config.source_text).strip("-").lower()[-40:].strip("-")
     return Path("prepared") / f"{slug}-{digest}"
 
 
 def _identity(config: DataConfig) -> dict[str, object]:
-    """What determines the bytes of a dataset, beside the source's content."""
-    images = parse_source(config.source).kind in ("digits", "images")
+    """What determines the bytes of a dataset, beside the sources' content."""
+    images = all(source.address.kind in IMAGE_KINDS for source in config.sources)
     return {
-        "source": config.source,
+        "source": [source.given for source in config.sources],
         "tokenizer": None if images else config.tokenizer,
-        "validation_fraction": config.validation_fraction,
+        "validation_fraction": fraction_of(config),
         "shard_bytes": config.shard_bytes,
     }
 
 
-def prepare(config: DataConfig, *, progress: Progress | None = None) -> Path:
+def prepare(
+    config: DataConfig,
+    *,
+    workers: int | None = None,
+    part: Part | None = None,
+    watch: Watch | None = None,
+    tell: Tell | None = None,
+) -> Path:
     """Make the dataset of this configuration unless it is there, and return its directory.
 
-    `progress(documents, bytes)` is called as documents are written, with totals so far. The directory appears under its
-    name only when complete; two processes may prepare the same one. ValueError of one line: missing or empty source,
-    a split without documents, a directory that holds something else or cannot be written, a full disk.
+    `workers` processes share the work (default: one for each core this process may use); the result does not depend on
+    them. With `part` only that part's share is made, for `merge` to put together. What is finished is kept when this
+    process ends before all is: the same call goes on from there. The directory appears under its name only when complete;
+    two processes may prepare the same one. `watch` is called as documents are written, `tell` with a line worth knowing.
+
+    ValueError of one line: missing or empty source, a split without documents, a directory that holds something else or
+    cannot be written, a full disk.
     """
     directory = prepared_directory(config)
+    call = _Call(directory, len(os.sched_getaffinity(0)) if workers is None else workers, watch, tell or _ignore)
     if _is_prepared(directory, config):
+        _remove_leftovers(directory)
         return directory
-    try:
+    with _in_one_line(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(directory.parent / f".{directory.name}.lock"):
+        if part is not None:
+            _prepare_part(config, part, call)
+            return directory
+        with _locked(directory):
             if not _is_prepared(directory, config):  # another process may have made it while this one waited
-                _prepare_in_place(directory, config, progress)
-    except OSError as error:
-        if error.errno in UNWRITABLE:
-            raise ValueError(
-                f"{directory}: cannot be written ({error.filename}: {error.strerror}); set data.directory"
-            ) from error
-        raise
+                _prepare_whole(config, call)
     return directory
+
+
+def merge(directory: Path, *, workers: int | None = None, watch: Watch | None = None, tell: Tell | None = None) -> Path:
+    """Put together what parts have prepared: check that all of it is there and as it was written, and give it its name.
+
+    May be killed and called again. ValueError of one line where groups are missing or damaged: which parts to run again.
+    """
+    call = _Call(directory, len(os.sched_getaffinity(0)) if workers is None else workers, watch, tell or _ignore)
+    with _in_one_line(directory), _locked(directory):
+        if _exists(directory):
+            read_manifest(LocalStore(directory))
+            shutil.rmtree(_home(directory), ignore_errors=True)
+            return directory
+        workspace, plan = _parts_of(directory)
+        entry = _tokenizer_there(workspace, plan)
+        missing = [group for group in range(len(plan.groups)) if not workspace.group_path(group).exists()]
+        _refuse_missing(workspace, directory, plan, missing, "missing")
+        verification = Verification(range(len(plan.groups)))
+        work_through(verification, _job(plan, workspace, entry), min(call.workers, len(plan.groups)))
+        _refuse_missing(workspace, directory, plan, verification.damaged, "damaged")
+        _finish(workspace, directory, plan, entry, verification.records)
+    return directory
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Who called, and with which wishes."""
+
+    directory: Path
+    workers: int
+    watch: Watch | None
+    tell: Tell
+
+
+@dataclass(frozen=True)
+class _Planned:
+    plan: Plan
+    sources: Sequence[Source]
+    units: Sequence[Unit]
+    tokenizer: Tokenizer | None
+
+
+def _prepare_whole(config: DataConfig, call: _Call) -> None:
+    planned = _make_plan(config)
+    home = _home(call.directory)
+    others = [path for path in _inside(home) if path.name != directory_name(planned.plan)]
+    if others:
+        call.tell(f"{call.directory}: the source or an option has changed since this was begun: starting anew")
+    for path in others:
+        shutil.rmtree(path)
+    workspace = Workspace(home / directory_name(planned.plan))
+    workspace.make(planned.plan)
+    workspace.drop_temporary()  # whoever wrote them held the lock that this process holds now: it is dead
+    try:
+        entry, records = _carry_out(config, planned, workspace, range(len(planned.plan.groups)), call)
+    except ValueError:
+        # Nothing that another start could go on from: leave nothing.
+        if not _inside(workspace.root / "groups") and not _inside(workspace.root / "units"):
+            shutil.rmtree(home)
+        raise
+    try:
+        _finish(workspace, call.directory, planned.plan, entry, records)
+    except ValueError:
+        shutil.rmtree(home)  # all of it is there, and is no dataset
+        raise
+
+
+def _prepare_part(config: DataConfig, part: Part, call: _Call) -> None:
+    planned = _make_plan(config)
+    home = _home(call.directory)
+    others = [path.name for path in _inside(home) if path.name != directory_name(planned.plan)]
+    if others:
+        raise ValueError(
+            f"--part {part.number}/{part.of}: {home} was begun with another source or other options, or the source has "
+            "changed since; other parts may be running: when none is, remove it and start all of them again"
+        )
+    workspace = Workspace(home / directory_name(planned.plan))
+    workspace.make(planned.plan)
+    workspace.note_parts(part.of)
+    groups = [group for group in range(len(planned.plan.groups)) if part.owns(group)]
+    if groups:
+        _carry_out(config, planned, workspace, groups, call)
+    call.tell(
+        f"part {part.number} of {part.of}: {len(groups)} of {len(planned.plan.groups)} groups are there; when all parts "
+        f"are done, run `lockstep data merge {call.directory}`"
+    )
+
+
+def _make_plan(config: DataConfig) -> _Planned:
+    sources = [open_source(given) for given in config.sources]
+    units = plan_units(sources)
+    images = common_class_names(sources) is not None
+    if not units:
+        what = "images" if images else "documents"
+        raise ValueError(f"source {config.source_text}: empty, there are no {what} in it; correct data.source")
+    config.refuse_options_of_other_data("images" if images else "text", f"data.source={config.source_text}")
+    if images:
+        return _Planned(make_plan(config, sources, units, None, None), sources, units, None)
+    identity, tokenizer = identify_tokenizer(config.tokenizer)
+    size = bpe_size(config.tokenizer) if tokenizer is None else tokenizer.vocabulary_size
+    dtype: Literal["uint16", "uint32"] = "uint16" if size <= 1 << 16 else "uint32"
+    return _Planned(make_plan(config, sources, units, identity, dtype), sources, units, tokenizer)
+
+
+def _carry_out(
+    config: DataConfig, planned: _Planned, workspace: Workspace, groups: Sequence[int], call: _Call
+) -> tuple[TokenizerEntry | None, dict[int, GroupRecord]]:
+    """Make the groups, going on from what is there."""
+    plan, entry = planned.plan, None
+    with _full_disk_told(workspace, plan, planned.units, call):
+        if plan.kind == "tokens":
+            entry = place_tokenizer(workspace, config, planned.tokenizer, planned.sources, planned.units, call.tell)
+        schedule = UnitSchedule(
+            plan, planned.sources, planned.units, groups, workspace, tokenizer_hash(entry), call.watch
+        )
+        if schedule.found_units or schedule.found_groups:
+            call.tell(
+                f"{call.directory}: going on; {schedule.found_groups} of {len(groups)} groups and {schedule.found_units} "
+                "units of others were finished before"
+            )
+        # One unit alone is done sooner here than a process is started.
+        processes = 0 if schedule.units_to_do <= 1 else min(call.workers, schedule.tasks)
+        work_through(schedule, _job(plan, workspace, entry), processes)
+    return entry, schedule.records
+
+
+def _job(plan: Plan, workspace: Workspace, entry: TokenizerEntry | None) -> Job:
+    return Job(str(workspace.root.absolute()), plan.validation_fraction, plan.shard_bytes, plan.dtype, entry)
+
+
+def _finish(
+    workspace: Workspace,
+    directory: Path,
+    plan: Plan,
+    entry: TokenizerEntry | None,
+    records: dict[int, GroupRecord],
+) -> None:
+    """Write the manifest and give the dataset its name."""
+    assert sorted(records) == list(range(len(plan.groups)))
+    finish_dataset(workspace, plan, entry, [records[group] for group in sorted(records)])
+    os.rename(workspace.dataset, directory)
+    sync_directory(directory.parent)
+    shutil.rmtree(_home(directory))
+
+
+def _parts_of(directory: Path) -> tuple[Workspace, Plan]:
+    found = _inside(_home(directory))
+    if len(found) != 1:
+        what = "nothing was prepared for it" if not found else f"{len(found)} preparations were begun, of other options"
+        raise ValueError(f"{directory}: {what}; run `lockstep prepare ... --out {directory} --part I/N` first")
+    workspace = Workspace(found[0])
+    plan = workspace.plan()
+    if plan is None:
+        raise ValueError(f"{workspace.plan_path}: missing or damaged; run a part of it again, which restores it")
+    return workspace, plan
+
+
+def _tokenizer_there(workspace: Workspace, plan: Plan) -> TokenizerEntry | None:
+    if plan.kind == "images":
+        return None
+    record = workspace.read_record(workspace.tokenizer_path, TokenizerRecord)
+    if record is None or (record.entry.file is not None and not is_intact(workspace.dataset, record.entry.file)):
+        raise ValueError(f"{workspace.tokenizer_path}: missing or damaged; run a part of it again, which restores it")
+    return record.entry
+
+
+def _refuse_missing(workspace: Workspace, directory: Path, plan: Plan, groups: Sequence[int], what: str) -> None:
+    if not groups:
+        return
+    counts = workspace.noted_parts()
+    again = [
+        " ".join(f"--part {number}/{of}" for number in sorted({group % of + 1 for group in groups})) for of in counts
+    ]
+    shown = ", ".join(map(str, groups[:8])) + (", ..." if len(groups) > 8 else "")
+    raise ValueError(
+        f"{directory}: {len(groups)} of {len(plan.groups)} groups are {what} ({shown}); run "
+        f"{' or '.join(again) or '`lockstep prepare`'} again, then merge"
+    )
 
 
 def _is_prepared(directory: Path, config: DataConfig) -> bool:
     """Whether the dataset is there already; a ValueError if the directory holds anything else."""
-    if not os.path.lexists(directory) or (directory.is_dir() and not any(directory.iterdir())):
+    if not _exists(directory):
         return False
     manifest = read_manifest(LocalStore(directory))
     found: dict[str, object] = {
-        "source": manifest.source.address,
+        "source": [source.address for source in manifest.sources],
         "tokenizer": manifest.tokenizer.spec if manifest.tokenizer else None,
         "validation_fraction": manifest.validation_fraction,
         "shard_bytes": manifest.shard_bytes,
@@ -106,52 +321,65 @@ def _is_prepared(directory: Path, config: DataConfig) -> bool:
     return True
 
 
+def _exists(directory: Path) -> bool:
+    return os.path.lexists(directory) and not (directory.is_dir() and not any(directory.iterdir()))
+
+
+def _home(directory: Path) -> Path:
+    """Where the workspaces of a dataset lie."""
+    return directory.parent / f".{directory.name}.preparing"
+
+
+def _inside(path: Path) -> list[Path]:
+    return sorted(path.iterdir()) if path.is_dir() else []
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Remove the workspace of a process that was killed between giving the dataset its name and doing this itself."""
+    if _home(directory).exists():
+        with _locked(directory):
+            shutil.rmtree(_home(directory), ignore_errors=True)
+
+
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+def _locked(directory: Path) -> Iterator[None]:
+    with (directory.parent / f".{directory.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # released when the process ends, however it ends
         yield
 
 
-def _prepare_in_place(directory: Path, config: DataConfig, progress: Progress | None) -> None:
-    prefix = f".{directory.name}.preparing-"
-    for stale in directory.parent.glob(glob.escape(prefix) + "*"):
-        shutil.rmtree(stale)  # whoever made it held the lock that this process holds now: it is dead
-    workspace = directory.parent / f"{prefix}{os.getpid()}"
-    workspace.mkdir()
+@contextlib.contextmanager
+def _in_one_line(directory: Path) -> Iterator[None]:
     try:
-        source = open_source(parse_source(config.source))
-        try:
-            if isinstance(source, TextSource):
-                manifest = build_tokens(source, config, workspace, progress)
-            else:
-                manifest = build_images(source, config, workspace, progress)
-            with HashingFile(workspace / MANIFEST_NAME) as file:
-                file.write(manifest.to_bytes())
-                file.finish()
-            _sync_directory(workspace)
-        except OSError as error:
-            if error.errno in FULL:
-                raise ValueError(_full_disk(directory, workspace, source)) from error
+        yield
+    except OSError as error:
+        if error.errno in UNWRITABLE:
+            raise ValueError(
+                f"{directory}: cannot be written ({error.filename}: {error.strerror}); set data.directory"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def _full_disk_told(workspace: Workspace, plan: Plan, units: Sequence[Unit], call: _Call) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
             raise
-        os.rename(workspace, directory)
-        _sync_directory(directory.parent)
-    finally:
-        if workspace.exists():
-            shutil.rmtree(workspace)
+        written = sum(path.stat().st_size for path in workspace.root.rglob("*") if path.is_file())
+        weights = [unit.weight for unit in units if unit.weight is not None]
+        need = f"more than the {written} bytes written"
+        if len(weights) == len(units):
+            # At most a token for each byte of text; and until a group's shards are written, its units lie there too.
+            most = sum(weights) * {"uint16": 2, "uint32": 4, None: 1}[plan.dtype]
+            most_units = (call.workers + 1) * most // len(plan.groups)
+            need = f"up to {most + min(most, most_units)} bytes"
+        raise ValueError(
+            f"{call.directory}: disk full after {written} bytes, {need} are needed; free some and start again, or set "
+            "data.directory"
+        ) from error
 
 
-def _full_disk(directory: Path, workspace: Path, source: TextSource | ImageSource) -> str:
-    written = sum(path.stat().st_size for path in workspace.iterdir())
-    # At most a token for each byte of text, and two bytes for a token.
-    most = source.size_bytes and source.size_bytes * (2 if isinstance(source, TextSource) else 1)
-    need = f"up to {most} bytes" if most else f"more than the {written} bytes written"
-    return f"{directory}: disk full after {written} bytes, {need} are needed; free some or set data.directory"
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _ignore(line: str) -> None:
+    """For callers that need not be told."""

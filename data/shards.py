@@ -92,13 +92,13 @@ class HashingFile:
 
 
 class TokenShardWriter:
-    """Writes one token shard, document by document."""
+    """Writes one token shard."""
 
     def __init__(self, stem: Path, dtype: npt.DTypeLike) -> None:
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._data = HashingFile(stem.with_name(stem.name + ".bin"))
         self._stem = stem
-        self._ends: list[int] = []
+        self._ends: list[npt.NDArray[np.uint64]] = []
         self._tokens = 0
 
     @property
@@ -106,18 +106,19 @@ class TokenShardWriter:
         """Bytes of tokens so far."""
         return self._tokens * self._dtype.itemsize
 
-    def add(self, tokens: npt.NDArray[Any], end_of_document: int) -> None:
-        """Append one document and the token that ends it."""
-        self._data.write(np.append(tokens, end_of_document).astype(self._dtype))
-        self._tokens += len(tokens) + 1
-        self._ends.append(self._tokens)
+    def extend(self, tokens: npt.NDArray[Any], ends: npt.NDArray[np.uint64]) -> None:
+        """Append documents, each with the token that ends it; `ends` counts from the first of `tokens` on."""
+        self._data.write(np.ascontiguousarray(tokens, dtype=self._dtype))
+        self._ends.append(ends + np.uint64(self._tokens))
+        self._tokens += len(tokens)
 
     def finish(self) -> ShardEntry:
         """Write the document ends and close."""
         with HashingFile(self._stem.with_name(self._stem.name + ".docs")) as docs:
-            docs.write(np.array(self._ends, dtype="<u8"))
+            all_ends = np.concatenate(self._ends).astype("<u8")
+            docs.write(all_ends)
             ends = docs.finish()
-        return ShardEntry(documents=len(self._ends), tokens=self._tokens, data=self._data.finish(), docs=ends)
+        return ShardEntry(documents=len(all_ends), tokens=self._tokens, data=self._data.finish(), docs=ends)
 
     def close(self) -> None:
         """Give the shard up."""

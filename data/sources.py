@@ -1,91 +1,138 @@
-"""Sources: where documents and images come from before they are prepared. Order and content are deterministic."""
+"""Sources: of which files documents and images are read, in which order, and where these may be cut into units."""
 
+import csv
 import glob
 import hashlib
-import io
-import json
 import os
 import platform
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
-from PIL import Image
-
-from data.config import SourceAddress
+from data.compression import COMPRESSED_RATIO, SUFFIXES, is_compressed
+from data.config import GivenSource, SourceAddress
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 # Not the library itself: tests, installed packages, caches.
 STDLIB_EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-DOCUMENT_CHARACTERS = 4096
-_UNREADABLE = "source {}: cannot be read ({}); correct data.source or the file's permissions"
+DOCUMENT_BYTES = 4096
+
+# How a unit is read: whole files of text; one text cut at line ends; lines of JSON; row groups; images with labels; shards of
+# a `datasets` stream; the built-in digits.
+Form = Literal["texts", "lines", "jsonl", "parquet", "images", "hub", "digits"]
+
+
+class SourceFile(NamedTuple):
+    """A file of a source: its size and time when the source was looked at, and an image's class."""
+
+    path: str
+    size: int
+    stamp: int
+    label: int | None = None
+
+
+class Piece(NamedTuple):
+    """The least that a unit may take: places [start, stop) of a file, and the bytes of input they stand for (None: unknown).
+
+    Places are bytes of lines, row groups of Parquet, shards of a stream; of other files 0 is the whole.
+    """
+
+    file: int
+    start: int
+    stop: int
+    weight: int | None
 
 
 @dataclass(frozen=True)
-class Document:
-    """One text; `where` names it in messages."""
+class Source:
+    """What is known of a source before it is read. `class_names`: None for text, () for images that have only numbers."""
 
-    text: str
-    where: str
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """One image as its file holds it, and its class; `where` names it in messages."""
-
-    encoded: bytes
-    label: int
-    where: str
-
-
-@dataclass(frozen=True)
-class TextSource:
-    """Texts; `documents()` may be called again and yields the same ones. `size_bytes` is None where unknown."""
-
+    given: GivenSource
+    form: Form
     description: str
-    documents: Callable[[], Iterator[Document]]
-    size_bytes: int | None
+    files: tuple[SourceFile, ...]
+    state: str = ""
+    class_names: tuple[str, ...] | None = None
+    # Weights of the parts within each file, where files are cut at parts.
+    parts: tuple[tuple[int | None, ...], ...] = ()
+
+    def pieces(self, unit_bytes: int) -> Iterator[Piece]:
+        """The source in order, in pieces; a file of lines is cut at every multiple of `unit_bytes`."""
+        for number, file in enumerate(self.files):
+            if self.parts:
+                for part, weight in enumerate(self.parts[number]):
+                    yield Piece(number, part, part + 1, weight)
+            elif is_compressed(file.path):
+                yield Piece(number, 0, 1, file.size * COMPRESSED_RATIO)
+            elif self.form in ("lines", "jsonl"):
+                for start in range(0, file.size, unit_bytes):
+                    stop = min(start + unit_bytes, file.size)
+                    yield Piece(number, start, stop, stop - start)
+            else:
+                yield Piece(number, 0, 1, file.size)
 
 
-@dataclass(frozen=True)
-class ImageSource:
-    """Images; `class_names` is None where the source has only numbers, which are then the names."""
-
-    description: str
-    class_names: tuple[str, ...] | None
-    images: Callable[[], Iterator[EncodedImage]]
-    size_bytes: int | None
-
-
-def open_source(address: SourceAddress) -> TextSource | ImageSource:
-    """Open a source; a ValueError of one line names what is missing."""
+def open_source(given: GivenSource) -> Source:
+    """Look at a source; a ValueError of one line names what is missing."""
+    address = given.address
     if address.kind == "digits":
-        return _digits()
+        return Source(given, "digits", "scikit-learn's 8x8 digits", (SourceFile("", 0, 0),), class_names=_DIGITS)
     if address.kind == "hf":
         # `datasets` takes a second to import: only those wait who use it.
         from data.hub import open_hugging_face
 
-        return open_hugging_face(address)
+        return open_hugging_face(given)
+    if address.kind == "csv":
+        return _csv_images(given)
     files = source_files(address)
     if address.kind == "images":
-        return _image_folder(address, files)
-    size_bytes = sum(path.stat().st_size for path in files)
+        return _image_folder(given, files)
+    found = tuple(_look_at(path, 0 if address.kind == "stdlib" else None) for path in files)
     if address.kind == "stdlib":
-        root = _stdlib_directory()
-        description = f"the standard library of Python {platform.python_version()}, {len(files)} files"
-        return TextSource(description, lambda: _read_texts(files, root), size_bytes)
+        version = platform.python_version()
+        return Source(given, "texts", f"the standard library of Python {version}, {len(files)} files", found, version)
     description = f"{len(files)} files"
     if address.kind == "text" and Path(address.location).expanduser().is_file():
-        description = f"one file, cut at line ends into documents of {DOCUMENT_CHARACTERS:,} characters or little more"
-        return TextSource(description, lambda: _cut_text(files[0]), size_bytes)
+        description = f"one file, cut at line ends into documents of {DOCUMENT_BYTES:,} bytes or little more"
+        return Source(given, "lines", description, found)
     if address.kind == "text":
-        return TextSource(description, lambda: _read_texts(files, None), size_bytes)
-    column = address.column
-    assert column is not None
+        return Source(given, "texts", description, found)
     if address.kind == "jsonl":
-        return TextSource(description, lambda: _read_jsonl(files, column), size_bytes)
-    return TextSource(description, lambda: _read_parquet(files, column), size_bytes)
+        return Source(given, "jsonl", description, found)
+    from data.source_reading import row_group_bytes
+
+    assert address.column is not None
+    parts = tuple(row_group_bytes(path, address.column) for path in files)
+    return Source(given, "parquet", description, found, parts=parts)
+
+
+def common_class_names(sources: Iterable[Source]) -> tuple[str, ...] | None:
+    """The classes of a dataset of images: those of every source, or of all folders and tables together, sorted.
+
+    None for text, () where the images have only numbers. ValueError where sources name their classes differently, or where
+    text and images are mixed.
+    """
+    every = list(sources)
+    distinct = {source.class_names for source in every}
+    if len(distinct) == 1:
+        return distinct.pop()
+    given = ", ".join(source.given.given for source in every)
+    if None in distinct:
+        raise ValueError(f"data.source={given} mixes text and images; give each its own dataset")
+    if any(source.form != "images" for source in every):
+        raise ValueError(
+            f"data.source={given}: the sources number their classes differently; give each its own dataset"
+        )
+    return sorted_names({name for source in every for name in source.class_names or ()})
+
+
+def sorted_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes in their order: as numbers where all are, else as text."""
+    distinct = set(names)
+    numbers = all(name.isascii() and name.isdigit() for name in distinct)
+    return tuple(sorted(distinct, key=lambda name: (int(name), name) if numbers else (0, name)))
 
 
 def source_state(address: SourceAddress) -> str:
@@ -94,9 +141,8 @@ def source_state(address: SourceAddress) -> str:
     if address.kind == "stdlib":
         state.update(platform.python_version().encode())
     for path in source_files(address):
-        status = path.stat()
-        stamp = 0 if address.kind == "stdlib" else status.st_mtime_ns
-        state.update(f"{path}\0{status.st_size}\0{stamp}\n".encode(errors="surrogateescape"))
+        file = _look_at(path, 0 if address.kind == "stdlib" else None)
+        state.update(f"{file.path}\0{file.size}\0{file.stamp}\n".encode(errors="surrogateescape"))
     return state.hexdigest()
 
 
@@ -113,9 +159,12 @@ def source_files(address: SourceAddress) -> list[Path]:
         if not location.is_dir():
             raise ValueError(f"source {location}: there is no such directory; correct data.source")
         return [path for path in _walk(location) if path.parent != location]
+    if address.kind == "csv":
+        return [location, *(path for path, _ in _csv_rows(address))]
     if location.is_dir():
         suffix = {"text": "", "jsonl": ".jsonl", "parquet": ".parquet"}[address.kind]
-        files = [path for path in _walk(location) if path.name.endswith(suffix)]
+        endings = tuple(suffix + compressed for compressed in ("", *SUFFIXES))
+        files = [path for path in _walk(location) if path.name.endswith(endings)]
     elif location.is_file():
         files = [location]
     else:
@@ -125,6 +174,14 @@ def source_files(address: SourceAddress) -> list[Path]:
     return files
 
 
+def _look_at(path: Path, stamp: int | None = None, label: int | None = None) -> SourceFile:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ValueError(f"source {path}: cannot be read ({error.strerror}); correct data.source") from None
+    return SourceFile(str(path), status.st_size, status.st_mtime_ns if stamp is None else stamp, label)
+
+
 def _walk(root: Path) -> list[Path]:
     """All files below a directory but hidden ones, sorted by relative path."""
     files = [path for path in root.rglob("*") if path.is_file()]
@@ -132,12 +189,8 @@ def _walk(root: Path) -> list[Path]:
     return sorted(visible, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _stdlib_directory() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
 def _stdlib_files() -> list[Path]:
-    root = _stdlib_directory()
+    root = Path(sysconfig.get_paths()["stdlib"])
     files: list[Path] = []
     for directory, folders, names in os.walk(root):
         folders[:] = [folder for folder in folders if folder not in STDLIB_EXCLUDED]  # not walked at all
@@ -147,114 +200,55 @@ def _stdlib_files() -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _read_texts(files: list[Path], root: Path | None) -> Iterator[Document]:
-    for path in files:
-        where = str(path.relative_to(root)) if root else str(path)
-        yield Document(_decode(_read(path), where), where)
-
-
-def _cut_text(path: Path) -> Iterator[Document]:
-    """The parts of a file that is all the text there is: as one document it could not be split for validation."""
-    parts: list[str] = []
-    size, first_line = 0, 1
-    for number, line in enumerate(_decode(_read(path), str(path)).splitlines(keepends=True), start=1):
-        parts.append(line)
-        size += len(line)
-        if size >= DOCUMENT_CHARACTERS:
-            yield Document("".join(parts), f"{path}:{first_line}")
-            parts, size, first_line = [], 0, number + 1
-    if parts:
-        yield Document("".join(parts), f"{path}:{first_line}")
-
-
-def _read_jsonl(files: list[Path], field: str) -> Iterator[Document]:
-    for path in files:
-        for number, line in enumerate(_read_lines(path), start=1):
-            where = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(_decode(line, where))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"source {where}: not JSON ({error}); correct the line or remove it") from None
-            if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                raise ValueError(f"source {where}: no text under {field!r}; correct the line or the field's name")
-            yield Document(record[field], where)
-
-
-def _read_lines(path: Path) -> Iterator[bytes]:
-    try:
-        with path.open("rb") as lines:
-            yield from lines
-    except OSError as error:
-        raise ValueError(_UNREADABLE.format(path, error.strerror)) from None
-
-
-def _read_parquet(files: list[Path], column: str) -> Iterator[Document]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    for path in files:
-        try:
-            table = pq.ParquetFile(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"source {path}: not a Parquet file ({' '.join(str(error).split())})") from None
-        with table:
-            if column not in table.schema_arrow.names:
-                raise ValueError(f"source {path}: no column {column!r}; its columns are {table.schema_arrow.names}")
-            row = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[column]):
-                for text in batch.column(0).to_pylist():
-                    if not isinstance(text, str):
-                        raise ValueError(f"source {path}: row {row} of column {column!r} is not text but {text!r:.40}")
-                    yield Document(text, f"{path}, row {row}")
-                    row += 1
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(_UNREADABLE.format(path, error.strerror)) from None
-
-
-def _decode(content: bytes, where: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"source {where}: not UTF-8 at byte {error.start}; convert the file or remove it") from None
-
-
-def _image_folder(address: SourceAddress, files: list[Path]) -> ImageSource:
-    root = Path(address.location).expanduser()
+def _image_folder(given: GivenSource, files: list[Path]) -> Source:
+    root = Path(given.address.location).expanduser()
     if not files:
         raise ValueError(f"source {root}: no images in sub-folders; each class is a sub-folder with its images")
     for path in files:
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             raise ValueError(f"source {path}: not an image ({', '.join(sorted(IMAGE_SUFFIXES))}); move it elsewhere")
-    class_names = tuple(sorted({path.relative_to(root).parts[0] for path in files}))
+    named = [(path, path.relative_to(root).parts[0]) for path in files]
+    return _labelled(given, named, tuple(sorted({name for _, name in named})), "folders")
+
+
+def _csv_images(given: GivenSource) -> Source:
+    named = list(_csv_rows(given.address))
+    if not named:
+        raise ValueError(f"source {given.address.location}: no rows; correct data.source")
+    return _labelled(given, named, sorted_names(name for _, name in named), "classes")
+
+
+def _labelled(given: GivenSource, named: list[tuple[Path, str]], class_names: tuple[str, ...], what: str) -> Source:
     labels = {name: number for number, name in enumerate(class_names)}
-
-    def images() -> Iterator[EncodedImage]:
-        for path in files:
-            yield EncodedImage(_read(path), labels[path.relative_to(root).parts[0]], str(path))
-
-    description = f"{len(files)} images in {len(class_names)} folders"
-    return ImageSource(description, class_names, images, sum(path.stat().st_size for path in files))
+    files = tuple(_look_at(path, label=labels[name]) for path, name in named)
+    return Source(given, "images", f"{len(files)} images in {len(class_names)} {what}", files, class_names=class_names)
 
 
-def _digits() -> ImageSource:
+def _csv_rows(address: SourceAddress) -> Iterator[tuple[Path, str]]:
+    """The image and the class of every row; images lie beside the table or below."""
+    table = Path(address.location).expanduser()
+    root = os.path.realpath(table.parent)
+    columns = (address.column, address.label_column)
     try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ValueError("source digits needs scikit-learn; install it with `pip install 'lockstep[digits]'`") from None
-    bunch = load_digits()
+        with table.open(encoding="utf-8-sig", newline="") as lines:
+            rows = csv.DictReader(lines, strict=True)
+            names = rows.fieldnames or []
+            for column in columns:
+                if column not in names:
+                    raise ValueError(f"source {table}: no column {column!r}; its columns are {list(names)}")
+            for row in rows:
+                image, label = (row[column] for column in columns if column is not None)
+                if not image or not label:
+                    raise ValueError(f"source {table}:{rows.line_num}: no image or no label; complete the row")
+                if not os.path.realpath(table.parent / image).startswith(root.rstrip(os.sep) + os.sep):
+                    raise ValueError(
+                        f"source {table}:{rows.line_num}: {image!r} leaves the table's directory; move the image there"
+                    )
+                yield table.parent / image, label
+    except OSError as error:
+        raise ValueError(f"source {table}: cannot be read ({error.strerror}); correct data.source") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"source {table}: not a CSV file in UTF-8 ({error}); correct or convert it") from None
 
-    def images() -> Iterator[EncodedImage]:
-        for number, (pixels, label) in enumerate(zip(bunch.images, bunch.target, strict=True)):
-            buffer = io.BytesIO()
-            # 17 levels of grey, 0 to 16, spread over 0 to 255.
-            Image.fromarray((pixels * 255 / 16).round().astype("uint8")).save(buffer, format="PNG")
-            yield EncodedImage(buffer.getvalue(), int(label), f"digit {number}")
 
-    return ImageSource("scikit-learn's 8x8 digits", tuple(str(name) for name in bunch.target_names), images, None)
+_DIGITS = tuple(str(digit) for digit in range(10))

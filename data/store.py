@@ -137,7 +137,7 @@ def open_cache(config: DataConfig) -> ShardCache:
 def read_manifest(store: Store) -> Manifest:
     """Read and check a dataset's `manifest.json`.
 
-    CorruptData if any byte of it was altered; ValueError if there is none or a newer Lockstep wrote it.
+    CorruptData if any byte of it was altered; ValueError if there is none or another version of Lockstep wrote it.
     """
     content = store.read(MANIFEST_NAME)
     if content is None:

@@ -38,7 +38,7 @@ class TokenDataset:
         self._end_of_document = manifest.tokenizer.end_of_document
         self._sequence_tokens = sequence_tokens = config.sequence_tokens
         self._separate_documents = config.separate_documents
-        self._entries = manifest.splits[split].shards
+        self._entries = manifest.split(split, store.address).shards
         files = [[*entry.files()] for entry in self._entries]
         self.packing_identity: str | None = None
         self._packed: tuple[PackedShardEntry, ...] | None = None

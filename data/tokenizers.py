@@ -158,11 +158,11 @@ def _with_end_of_document(backend: tokenizers.Tokenizer, spec: str) -> SubwordTo
     )
 
 
-def tokenizer_entry(tokenizer: Tokenizer, spec: str, directory: Path) -> TokenizerEntry:
-    """Save the tokenizer into a dataset's directory, where it has a file, and describe it for the manifest."""
+def tokenizer_entry(tokenizer: Tokenizer, spec: str, path: Path) -> TokenizerEntry:
+    """Save a tokenizer as `path`, where it has a file, and describe it for the manifest."""
     entry = None
     if isinstance(tokenizer, SubwordTokenizer):
-        with HashingFile(directory / TOKENIZER_NAME) as file:
+        with HashingFile(path) as file:
             file.write(tokenizer.to_json().encode())
             entry = file.finish()
     return TokenizerEntry(
@@ -173,16 +173,21 @@ def tokenizer_entry(tokenizer: Tokenizer, spec: str, directory: Path) -> Tokeniz
     )
 
 
-def load_tokenizer(store: Store) -> Tokenizer:
-    """The tokenizer that a prepared dataset was made with, its file checked against the manifest."""
-    entry = read_manifest(store).tokenizer
-    if entry is None:
-        raise ValueError(f"{store.address}: a dataset of images has no tokenizer; choose a dataset of tokens")
+def open_tokenizer(store: Store, entry: TokenizerEntry) -> Tokenizer:
+    """The tokenizer of an entry, its file checked."""
     if entry.file is None:
         return ByteTokenizer()
     file = CheckedFile(store, entry.file)
     file.check_all()
     return SubwordTokenizer(_parse(bytes(file.map), file.path), entry.end_of_document)
+
+
+def load_tokenizer(store: Store) -> Tokenizer:
+    """The tokenizer that a prepared dataset was made with, its file checked against the manifest."""
+    entry = read_manifest(store).tokenizer
+    if entry is None:
+        raise ValueError(f"{store.address}: a dataset of images has no tokenizer; choose a dataset of tokens")
+    return open_tokenizer(store, entry)
 
 
 def _one_line(error: Exception) -> str:

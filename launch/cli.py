@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.config import SOURCE_FORMS
 from launch.arguments import add_training_arguments, parse_with_overrides, training_command_line
 from launch.exit_codes import DO_NOT_RESTART, STOPPED_EARLY, USAGE
 
@@ -47,14 +49,7 @@ def _make_parser() -> argparse.ArgumentParser:
     train.add_argument("--debug", action="store_true", help="one process, no spawning, anomaly detection, five steps")
     train.set_defaults(run=_train)
 
-    prepare = commands.add_parser("prepare", allow_abbrev=False, help="turn a source into a dataset of shards")
-    prepare.add_argument(
-        "source", help="stdlib, digits, text:PATH, jsonl:PATH#FIELD, parquet:PATH#COLUMN, images:DIR, hf:NAME"
-    )
-    prepare.add_argument("--out", type=Path, required=True, metavar="DIR", help="the dataset's directory")
-    prepare.add_argument("--tokenizer", default="bytes", metavar="bytes|bpe:SIZE|FILE|NAME")
-    prepare.add_argument("--validation-fraction", type=float, default=0.05, metavar="F")
-    prepare.set_defaults(run=_prepare)
+    _add_data_commands(commands)
 
     evaluate = commands.add_parser(
         "evaluate", allow_abbrev=False, help="evaluate a run's newest good checkpoint on its validation split"
@@ -106,6 +101,41 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     engines.set_defaults(run=_engines)
     return parser
+
+
+def _add_data_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    prepare = commands.add_parser(
+        "prepare",
+        allow_abbrev=False,
+        help="turn sources into a dataset of shards",
+        description="Turns sources into a dataset of shards. Killed at any moment, the same command goes on from there.",
+    )
+    prepare.add_argument("source", nargs="+", metavar="[SPLIT=]SOURCE", help=SOURCE_FORMS)
+    prepare.add_argument("--out", type=Path, required=True, metavar="DIR", help="the dataset's directory")
+    prepare.add_argument("--workers", type=int, metavar="N", help="worker processes (default: one for each core)")
+    prepare.add_argument("--tokenizer", default="bytes", metavar="bytes|bpe:SIZE|FILE|NAME")
+    prepare.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="share of documents held out (default 0.05)",
+    )
+    prepare.add_argument(
+        "--part", metavar="I/N", help="only the share I, from 1 to N, of a job array; then `lockstep data merge DIR`"
+    )
+    prepare.set_defaults(run=_prepare)
+
+    data = commands.add_parser("data", allow_abbrev=False, help="what to do with prepared datasets")
+    actions = data.add_subparsers(required=True, metavar="ACTION")
+    merge = actions.add_parser(
+        "merge",
+        allow_abbrev=False,
+        help="put together what `lockstep prepare --part I/N` has made, every byte verified",
+    )
+    merge.add_argument("directory", type=Path, metavar="DIR", help="the dataset's directory, as it was given by --out")
+    merge.add_argument("--workers", type=int, metavar="N", help="worker processes (default: one for each core)")
+    merge.set_defaults(run=_merge)
 
 
 def _add_checkpoint_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -168,17 +198,39 @@ def _debug(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     from data.config import DataConfig
-    from launch.preparing import prepare_and_tell
     from launch.recipe import parse_section
 
     section = {
-        "source": arguments.source,
+        "source": arguments.source[0] if len(arguments.source) == 1 else arguments.source,
         "directory": str(arguments.out),
         "tokenizer": arguments.tokenizer,
         "validation_fraction": arguments.validation_fraction,
     }
-    print(prepare_and_tell(parse_section(DataConfig, section, prefix="data.", source="lockstep prepare")))
+    config = parse_section(DataConfig, section, prefix="data.", source="lockstep prepare")
+    workers = _count_workers(arguments.workers)
+    from data.prepare import Part
+    from launch.preparing import prepare_and_tell
+
+    part = None if arguments.part is None else Part.parse(arguments.part)
+    print(prepare_and_tell(config, workers=workers, part=part))
     return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    workers = _count_workers(arguments.workers)
+    from launch.preparing import merge_and_tell
+
+    print(merge_and_tell(arguments.directory, workers=workers))
+    return 0
+
+
+def _count_workers(asked: int | None) -> int:
+    """How many processes prepare data; the tokenizers' library, which has threads where it trains, is held to as many."""
+    if asked is not None and asked < 1:
+        raise ValueError(f"--workers {asked}: must be at least 1")
+    workers = asked if asked is not None else len(os.sched_getaffinity(0))
+    os.environ["RAYON_NUM_THREADS"] = str(workers)
+    return workers
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -86,6 +86,13 @@ class RunConfig(_Section):
                 f"schedule.warmup_steps {self.schedule.warmup_steps} is more than run.steps {self.run.steps}; "
                 "lower the warm-up or run longer"
             )
+        for data in self.data.by_stream().values():
+            missing = sorted({"train", "validation"} - set(data.splits))
+            if missing:
+                raise ValueError(
+                    f"data.source={data.source_text}: gives no split {' and no split '.join(missing)}, and training needs "
+                    f"both train and validation; add a source for it, such as {missing[0]}=ADDRESS"
+                )
         if self.evaluation.generated_tokens and self.task.kind == "classification":
             raise ValueError("evaluation.generated_tokens has no effect with task.kind classification; remove it")
         return self

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data.addresses import is_remote
 from data.config import DataConfig
 from data.manifest import Manifest
 from data.packing import ensure_packing
-from data.prepare import prepare, prepared_directory
+from data.prepare import Part, merge, prepare, prepared_directory
+from data.schedule import Progress
 from data.store import Store, open_store, read_manifest
 
 
@@ -20,7 +22,7 @@ def open_streams(config: DataConfig) -> dict[str, Store]:
     done here, and at an address there or not. ValueError where what lies there was prepared otherwise than the recipe says."""
     stores = {name: _open_stream(stream) for name, stream in config.by_stream().items()}
     for name, stream in config.by_stream().items():
-        ensure_packing(stores[name], stream, tell=functools.partial(print, flush=True))
+        ensure_packing(stores[name], stream, tell=_say)
     return stores
 
 
@@ -34,8 +36,9 @@ def _open_stream(config: DataConfig) -> Store:
 
 def _refuse_other_preparation(manifest: Manifest, config: DataConfig) -> None:
     """Whatever the recipe says of the preparation of a dataset that it only reads must be true of it."""
+    addresses = tuple(source.address for source in manifest.sources)
     found: dict[str, object] = {
-        "source": manifest.source.address,
+        "source": addresses[0] if len(addresses) == 1 else addresses,
         "tokenizer": manifest.tokenizer.spec if manifest.tokenizer else None,
         "validation_fraction": manifest.validation_fraction,
         "shard_bytes": manifest.shard_bytes,
@@ -49,36 +52,82 @@ def _refuse_other_preparation(manifest: Manifest, config: DataConfig) -> None:
             )
 
 
-def prepare_and_tell(config: DataConfig) -> Path:
+def prepare_and_tell(config: DataConfig, *, workers: int | None = None, part: Part | None = None) -> Path:
     """`data.prepare.prepare`, with a line before, progress on a terminal, and a line after; silent where all is there."""
     if (prepared_directory(config) / "manifest.json").exists():
         return prepare(config)
-    print(f"preparing {config.source} (tokenizer {config.tokenizer}), once", flush=True)
-    begun = time.monotonic()
-    seen = (0, 0)
-    if not sys.stderr.isatty():
-
-        def count(documents: int, size: int) -> None:
-            nonlocal seen
-            seen = (documents, size)
-
-        directory = prepare(config, progress=count)
+    what = config.source_text if part is None else f"part {part.number} of {part.of} of {config.source_text}"
+    _say(f"preparing {what} (tokenizer {config.tokenizer}), once")
+    directory, line = _watched(lambda watch: prepare(config, workers=workers, part=part, watch=watch, tell=_say))
+    if part is None:
+        _say(f"prepared {directory}: {line}")
     else:
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
-
-        columns = (SpinnerColumn(), TextColumn("{task.fields[documents]:,} documents"), TransferSpeedColumn())
-        with Progress(*columns, TimeElapsedColumn(), transient=True) as bar:
-            task = bar.add_task("preparing", total=None, documents=0)
-
-            def show(documents: int, size: int) -> None:
-                nonlocal seen
-                seen = (documents, size)
-                bar.update(task, completed=size, documents=documents)
-
-            directory = prepare(config, progress=show)
-    documents, size = seen
-    print(
-        f"prepared {directory}: {documents:,} documents, {size / 1e6:.1f} MB in {time.monotonic() - begun:.1f} s",
-        flush=True,
-    )
+        _say(f"prepared part {part.number} of {part.of} of {directory}: {line}")
     return directory
+
+
+def merge_and_tell(directory: Path, *, workers: int | None = None) -> Path:
+    """`data.prepare.merge`, with a line after."""
+    begun = time.monotonic()
+    merge(directory, workers=workers)
+    _say(f"merged {directory}: every byte verified in {time.monotonic() - begun:.1f} s")
+    return directory
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _watched(work: Callable[[Callable[[Progress], None]], Path]) -> tuple[Path, str]:
+    """Do the work, with a bar where somebody sees it. Returns its result, and a line of what was read and how fast."""
+    begun = time.monotonic()
+    last = Progress(documents=0, tokens=0, size_bytes=0, found_bytes=0, read_bytes=0, input_bytes=None)
+    with _bar() as show:
+
+        def watch(progress: Progress) -> None:
+            nonlocal last
+            last = progress
+            show(progress)
+
+        directory = work(watch)
+    seconds = time.monotonic() - begun
+    return directory, f"{_counts(last)}, {last.size_bytes / 1e6:.1f} MB in {seconds:.1f} s ({_speed(last, seconds)})"
+
+
+def _counts(progress: Progress) -> str:
+    tokens = f", {progress.tokens:,} tokens" if progress.tokens else ""
+    return f"{progress.documents:,} documents{tokens}"
+
+
+def _speed(progress: Progress, seconds: float) -> str:
+    return f"{(progress.size_bytes - progress.found_bytes) / 1e6 / max(seconds, 1e-9):.1f} MB/s"
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal: call it with the progress. Nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda progress: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    begun = time.monotonic()
+    text = TextColumn("{task.fields[text]}")
+    columns = (
+        SpinnerColumn(),
+        BarColumn(bar_width=20),
+        text,
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None, text="starting")
+
+        def show(progress: Progress) -> None:
+            text = f"{_counts(progress)}, {_speed(progress, time.monotonic() - begun)}"
+            bar.update(task, completed=progress.read_bytes, total=progress.input_bytes, text=text)
+
+        yield show

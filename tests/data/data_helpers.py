@@ -55,6 +55,11 @@ def prepared_tokens(root: Path, **changes: object) -> tuple[Path, DataConfig]:
     return prepare(config), config
 
 
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file of a directory."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
 def plan_of(dataset: Dataset, global_samples: int, seed: int = 1) -> Plan:
     """A plan of one segment."""
     return Plan.of([segment_of(dataset, global_samples, seed)])

@@ -126,8 +126,15 @@ def test_truncated_grown_and_missing_files_are_named(tokens: tuple[Path, DataCon
 
 def test_a_newer_manifest_says_so(tokens: tuple[Path, DataConfig]) -> None:
     directory, config = tokens
-    rewrite(directory, lambda manifest: manifest.update(format_version=2, invented_later=[1]))
-    with pytest.raises(ValueError, match="format_version 2 is newer than the 1"):
+    rewrite(directory, lambda manifest: manifest.update(format_version=3, invented_later=[1]))
+    with pytest.raises(ValueError, match="format_version 3 is newer than the 2"):
+        open_dataset(LocalStore(directory), config, "train")
+
+
+def test_an_older_manifest_says_so(tokens: tuple[Path, DataConfig]) -> None:
+    directory, config = tokens
+    rewrite(directory, lambda manifest: manifest.update(format_version=1))
+    with pytest.raises(ValueError, match=r"format_version 1 is older than the 2 .* prepare the dataset again"):
         open_dataset(LocalStore(directory), config, "train")
 
 

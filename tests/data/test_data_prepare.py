@@ -2,7 +2,6 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -15,68 +14,30 @@ from data.config import DataConfig
 from data.dataset import open_dataset
 from data.errors import CorruptData
 from data.prepare import prepare, prepared_directory
+from data.schedule import Progress
 from data.store import LocalStore, read_manifest
-from tests.data.data_helpers import lorem, token_config, write_jsonl
+from tests.data.data_helpers import contents, lorem, token_config, write_jsonl
 
-# `stop` is the number of documents after which the process reports where it is and waits to be killed.
 PREPARE = """
-import sys, time
+import sys
 from pathlib import Path
 from data.config import DataConfig
 from data.prepare import prepare
-source, directory, stop = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-import data.build
-data.build.GROUP_CHARACTERS = 5000
-
-def progress(documents, size_bytes):
-    if stop and documents >= stop:
-        print("reached", documents, flush=True)
-        time.sleep(600)
-
-config = DataConfig(source=source, directory=directory, validation_fraction=0.2, shard_bytes=20000)
-print(prepare(config, progress=progress))
+config = DataConfig(source=sys.argv[1], directory=Path(sys.argv[2]), validation_fraction=0.2, shard_bytes=20000)
+print(prepare(config))
 """
-
-
-def start(source: str, directory: Path, stop: int = 0) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", PREPARE, source, str(directory), str(stop)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-def test_killed_at_any_moment_and_started_again_gives_the_same_bytes(tmp_path: Path) -> None:
-    source = f"jsonl:{write_jsonl(tmp_path / 'corpus.jsonl', [lorem(number) for number in range(900)])}#text"
-    whole = tmp_path / "whole"
-    assert start(source, whole).wait() == 0
-    killed = tmp_path / "killed"
-    for stop in (1, 300, 899):
-        process = start(source, killed, stop)
-        assert process.stdout is not None
-        assert process.stdout.readline().startswith("reached")
-        assert [path.name for path in tmp_path.glob(".killed.preparing-*")] == [f".killed.preparing-{process.pid}"]
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert not killed.exists()
-        with pytest.raises(ValueError, match="not a prepared dataset"):
-            read_manifest(LocalStore(killed))
-    assert start(source, killed).wait() == 0
-    assert contents(killed) == contents(whole)
-    assert len(contents(whole)) > 8
-    assert list(tmp_path.glob(".killed.preparing-*")) == []
 
 
 def test_several_processes_at_once_make_one_dataset(tmp_path: Path) -> None:
     source = f"jsonl:{write_jsonl(tmp_path / 'corpus.jsonl', [lorem(number) for number in range(2000)])}#text"
-    processes = [start(source, tmp_path / "shared") for _ in range(3)]
+    command = [sys.executable, "-c", PREPARE, source, str(tmp_path / "shared")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     printed = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], printed
     assert {out.strip() for out, _ in printed} == {str(tmp_path / "shared")}
     config = DataConfig(sequence_tokens=16)
     assert open_dataset(LocalStore(tmp_path / "shared"), config, "train").samples > 1000
-    assert list(tmp_path.glob(".shared.preparing-*")) == []
+    assert not (tmp_path / ".shared.preparing").exists()
 
 
 def test_a_prepared_dataset_is_used_as_it_is(tmp_path: Path) -> None:
@@ -171,15 +132,25 @@ def test_shards_are_cut_at_document_ends(tmp_path: Path) -> None:
     shards = manifest.splits["train"].shards
     assert len(shards) > 5
     assert all(shard.data.bytes <= 2000 for shard in shards)
-    assert [shard.data.name for shard in shards] == [f"train-{number:05d}.bin" for number in range(len(shards))]
+    names = ["train-00000.bin", *(f"train-00000_{number:03d}.bin" for number in range(1, len(shards)))]
+    assert [shard.data.name for shard in shards] == names == sorted(names)
     tiny = token_config(tmp_path, documents=100, shard_bytes=1, directory=tmp_path / "tiny")
     assert all(shard.documents == 1 for shard in read_manifest(LocalStore(prepare(tiny))).splits["train"].shards)
 
 
-def test_progress_counts_documents_and_bytes(tmp_path: Path) -> None:
-    calls: list[tuple[int, int]] = []
-    prepare(token_config(tmp_path), progress=lambda documents, size_bytes: calls.append((documents, size_bytes)))
-    assert calls[-1] == (60, sum(len(lorem(number).encode()) for number in range(60)))
+def test_progress_counts_documents_tokens_and_bytes(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    prepare(token_config(tmp_path), watch=seen.append)
+    size_bytes = sum(len(lorem(number).encode()) for number in range(60))
+    input_bytes = (tmp_path / "corpus.jsonl").stat().st_size
+    assert seen[-1] == Progress(
+        documents=60,
+        tokens=size_bytes + 60,
+        size_bytes=size_bytes,
+        found_bytes=0,
+        read_bytes=input_bytes,
+        input_bytes=input_bytes,
+    )
 
 
 LIMITED = """
@@ -203,7 +174,8 @@ def test_a_full_disk_leaves_nothing_but_what_was_there(tmp_path: Path, tokenizer
     source = f"jsonl:{write_jsonl(tmp_path / 'large.jsonl', texts)}#text"
     command = [sys.executable, "-c", LIMITED, source, str(tmp_path / "full"), str(limit_bytes), tokenizer]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    size_bytes = 2 * (tmp_path / "large.jsonl").stat().st_size
+    # Two bytes for each of the source's, and as many while units and shards lie side by side.
+    size_bytes = 4 * (tmp_path / "large.jsonl").stat().st_size
     assert printed.startswith(f"{tmp_path / 'full'}: disk full after ")
     assert f"up to {size_bytes} bytes are needed" in printed
     assert printed.count("\n") == 1

@@ -61,7 +61,7 @@ def test_text_from_a_folder_a_pattern_and_a_file(tmp_path: Path) -> None:
     (folder / ".hidden").write_bytes(b"\xff")
     directory = prepared(tmp_path, f"text:{folder}")
     assert sorted(stored_texts(directory)) == sorted(TEXTS)
-    assert read_manifest(LocalStore(directory)).source.description == "41 files"
+    assert read_manifest(LocalStore(directory)).sources[0].description == "41 files"
     by_pattern = prepared(tmp_path, f"text:{folder}/*/*.txt", directory=tmp_path / "by-pattern")
     assert sorted(stored_texts(by_pattern)) == sorted(TEXTS)
     with pytest.raises(ValueError, match=r"no documents for .* with data.validation_fraction 0\.25"):
@@ -105,7 +105,7 @@ def test_the_standard_library_is_there_without_tests(tmp_path: Path) -> None:
     assert 300 < documents < 2000
     assert 0.01 < manifest.splits["validation"].documents / documents < 0.12
     assert len(manifest.splits["train"].shards) > 2
-    assert "standard library of Python 3" in manifest.source.description
+    assert "standard library of Python 3" in manifest.sources[0].description
 
 
 def test_digits_are_pngs_of_eight_by_eight(tmp_path: Path) -> None:

@@ -1,0 +1,261 @@
+"""Reading: the documents or images of one unit of a source, in order."""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from data.compression import BROKEN, is_compressed, open_bytes
+from data.config import parse_given
+from data.sources import DOCUMENT_BYTES, Form, SourceFile
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text; `where` names it in messages."""
+
+    text: str
+    where: str
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """One image as its file holds it, and its class; `where` names it in messages."""
+
+    encoded: bytes
+    label: int
+    where: str
+
+
+@dataclass(frozen=True)
+class UnitInput:
+    """All that is needed to read a unit: consecutive files, from place `start` of the first to `stop` of the last."""
+
+    given: str
+    form: Form
+    state: str
+    files: tuple[SourceFile, ...]
+    start: int
+    stop: int
+
+    @property
+    def into(self) -> str | None:
+        """The split that all of it goes into; None: divided by content."""
+        return parse_given(self.given).into
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values, surrogates of undecodable file names included."""
+        return asdict(self) | {"files": [list(file) for file in self.files]}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "UnitInput":
+        """What `as_json` made."""
+        return cls(**{**values, "files": tuple(SourceFile(*file) for file in values["files"])})
+
+
+def read_unit(unit: UnitInput) -> Iterator[Document] | Iterator[EncodedImage]:
+    """The documents or images of a unit; a ValueError of one line names the file that is not what it should be."""
+    if unit.form == "digits":
+        return _digits()
+    if unit.form == "hub":
+        from data.hub import read_shards
+
+        return read_shards(unit)
+    if unit.form == "images":
+        return _read_images(unit)
+    return _READERS[unit.form](unit)
+
+
+def _parts(unit: UnitInput) -> Iterator[tuple[Path, int, int | None]]:
+    """Each file of a unit and the places to read in it, `None` for its end; a ValueError if the file has changed."""
+    for number, file in enumerate(unit.files):
+        path = Path(file.path)
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        if status.st_size != file.size or (file.stamp and status.st_mtime_ns != file.stamp):
+            raise ValueError(f"source {path}: was changed while it was being prepared; prepare again")
+        last = number == len(unit.files) - 1
+        yield path, unit.start if number == 0 else 0, unit.stop if last else None
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    if isinstance(error, OSError) and error.strerror is not None:
+        return ValueError(f"source {path}: cannot be read ({error.strerror}); correct data.source or its permissions")
+    what = f"{path.suffix} file" if is_compressed(path) else "file"
+    return ValueError(f"source {path}: not a whole {what} ({' '.join(str(error).split())}); replace it")
+
+
+def _decode(content: bytes, where: Callable[[], str], first: int = 0) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"source {where()}: not UTF-8 at byte {first + error.start}; convert the file or remove it"
+        ) from None
+
+
+def _read_texts(unit: UnitInput) -> Iterator[Document]:
+    for path, _, _ in _parts(unit):
+        try:
+            with open_bytes(path) as file:
+                content = file.read()
+        except (OSError, *BROKEN) as error:
+            raise _unreadable(path, error) from None
+        yield Document(_decode(content, lambda path=path: str(path)), str(path))  # type: ignore[misc]
+
+
+def _lines(path: Path, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
+    """The lines that begin at bytes [start, stop) of a file, and where each begins. A compressed file is read whole."""
+    try:
+        with open_bytes(path) as file:
+            if is_compressed(path):
+                start, stop = 0, None
+            position = start and _next_line(file, start)
+            for line in file:
+                if stop is not None and position >= stop:
+                    break
+                yield position, line
+                position += len(line)
+    except (OSError, *BROKEN) as error:
+        raise _unreadable(path, error) from None
+
+
+def _next_line(file: BinaryIO, start: int) -> int:
+    """Go to the first line that begins at byte `start` or later, and return where that is."""
+    file.seek(start - 1)
+    return start - 1 + len(file.readline())
+
+
+def _line_at(path: Path, position: int) -> str:
+    """The name of the line that begins at a byte of a file, by its number. For messages: it reads all before it."""
+    with open_bytes(path) as file:
+        number, read = 1, 0
+        for line in file:
+            if read >= position:
+                break
+            number, read = number + 1, read + len(line)
+    return f"{path}:{number}"
+
+
+def _cut_lines(unit: UnitInput) -> Iterator[Document]:
+    """The parts of a file that is all the text there is: as one document it could not be split for validation."""
+    for path, start, stop in _parts(unit):
+        lines: list[bytes] = []
+        size, first = 0, start
+        for position, line in _lines(path, start, stop):
+            if not lines:
+                first = position
+            lines.append(line)
+            size += len(line)
+            if size >= DOCUMENT_BYTES:
+                yield _cut(path, lines, first)
+                lines, size = [], 0
+        if lines:
+            yield _cut(path, lines, first)
+
+
+def _cut(path: Path, lines: list[bytes], first: int) -> Document:
+    return Document(_decode(b"".join(lines), lambda: str(path), first), f"{path}, byte {first}")
+
+
+def _read_jsonl(unit: UnitInput) -> Iterator[Document]:
+    field = parse_given(unit.given).address.column
+    assert field is not None
+    for path, start, stop in _parts(unit):
+        for position, line in _lines(path, start, stop):
+            if line.isspace():
+                continue
+
+            def where(path: Path = path, position: int = position) -> str:
+                return _line_at(path, position)
+
+            try:
+                record = json.loads(_decode(line, where))
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ValueError(f"source {where()}: not JSON ({error}); correct the line or remove it") from None
+            text = record.get(field) if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                raise ValueError(f"source {where()}: no text under {field!r}; correct the line or the field's name")
+            yield Document(text, f"{path}, byte {position}")
+
+
+def row_group_bytes(path: Path, column: str) -> tuple[int, ...]:
+    """The bytes of a column in each row group of a Parquet file, uncompressed. ValueError where it is none."""
+    with _parquet(path, column) as table:
+        metadata, names = table.metadata, table.schema_arrow.names
+        # A nested column before this one would shift its place among the file's columns: then the whole row counts.
+        flat = metadata.num_columns == len(names)
+        groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+        place = names.index(column)
+        return tuple(
+            int(group.column(place).total_uncompressed_size if flat else group.total_byte_size) for group in groups
+        )
+
+
+def _parquet(path: Path, column: str) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"source {path}: not a Parquet file ({' '.join(str(error).split())})") from None
+    if column not in table.schema_arrow.names:
+        raise ValueError(f"source {path}: no column {column!r}; its columns are {table.schema_arrow.names}")
+    return table
+
+
+def _read_parquet(unit: UnitInput) -> Iterator[Document]:
+    column = parse_given(unit.given).address.column
+    assert column is not None
+    for path, start, stop in _parts(unit):
+        with _parquet(path, column) as table:
+            stop = table.metadata.num_row_groups if stop is None else stop
+            row = sum(table.metadata.row_group(number).num_rows for number in range(start))
+            # Batch by batch: of several row groups at once pyarrow reads ahead, and holds them.
+            for number in range(start, stop):
+                for batch in table.iter_batches(batch_size=1024, row_groups=[number], columns=[column]):
+                    for text in batch.column(0).to_pylist():
+                        if not isinstance(text, str):
+                            raise ValueError(
+                                f"source {path}: row {row} of column {column!r} is not text but {text!r:.40}"
+                            )
+                        yield Document(text, f"{path}, row {row}")
+                        row += 1
+
+
+def _read_images(unit: UnitInput) -> Iterator[EncodedImage]:
+    for file, (path, _, _) in zip(unit.files, _parts(unit), strict=True):
+        assert file.label is not None
+        try:
+            encoded = path.read_bytes()
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        yield EncodedImage(encoded, file.label, str(path))
+
+
+def _digits() -> Iterator[EncodedImage]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ValueError("source digits needs scikit-learn; install it with `pip install 'lockstep[digits]'`") from None
+    bunch = load_digits()
+    for number, (pixels, label) in enumerate(zip(bunch.images, bunch.target, strict=True)):
+        buffer = io.BytesIO()
+        # 17 levels of grey, 0 to 16, spread over 0 to 255.
+        Image.fromarray((pixels * 255 / 16).round().astype("uint8")).save(buffer, format="PNG")
+        yield EncodedImage(buffer.getvalue(), int(label), f"digit {number}")
+
+
+_READERS: dict[str, Callable[[UnitInput], Iterator[Document]]] = {
+    "texts": _read_texts,
+    "lines": _cut_lines,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+}
