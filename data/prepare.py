@@ -23,9 +23,9 @@ from data.sources import Source, common_class_names, open_source, source_state
 from data.store import LocalStore, read_manifest
 from data.tokenizers import Tokenizer
 from data.units import Plan, Unit, fraction_of, make_plan, plan_units
-from data.vocabulary import Tell, identify_tokenizer, place_tokenizer
+from data.vocabulary import Tell, identify_tokenizer, place_tokenizer, tokenizer_there
 from data.workers import work_through
-from data.workspace import GroupRecord, TokenizerRecord, Workspace, directory_name, is_intact, tokenizer_hash
+from data.workspace import GroupRecord, Workspace, directory_name, tokenizer_hash
 
 # No room on the disk, over the quota, over the process's limit of file size.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -135,7 +135,7 @@ def merge(directory: Path, *, workers: int | None = None, watch: Watch | None = 
             shutil.rmtree(_home(directory), ignore_errors=True)
             return directory
         workspace, plan = _parts_of(directory)
-        entry = _tokenizer_there(workspace, plan)
+        entry = _tokenizer_of_parts(workspace, plan)
         missing = [group for group in range(len(plan.groups)) if not workspace.group_path(group).exists()]
         _refuse_missing(workspace, directory, plan, missing, "missing")
         verification = Verification(range(len(plan.groups)))
@@ -278,13 +278,13 @@ def _parts_of(directory: Path) -> tuple[Workspace, Plan]:
     return workspace, plan
 
 
-def _tokenizer_there(workspace: Workspace, plan: Plan) -> TokenizerEntry | None:
-    if plan.kind == "images":
+def _tokenizer_of_parts(workspace: Workspace, plan: Plan) -> TokenizerEntry | None:
+    if plan.tokenizer_spec is None:
         return None
-    record = workspace.read_record(workspace.tokenizer_path, TokenizerRecord)
-    if record is None or (record.entry.file is not None and not is_intact(workspace.dataset, record.entry.file)):
+    entry = tokenizer_there(workspace, plan.tokenizer_spec)
+    if entry is None:
         raise ValueError(f"{workspace.tokenizer_path}: missing or damaged; run a part of it again, which restores it")
-    return record.entry
+    return entry
 
 
 def _refuse_missing(workspace: Workspace, directory: Path, plan: Plan, groups: Sequence[int], what: str) -> None:

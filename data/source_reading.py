@@ -110,7 +110,7 @@ def _read_texts(unit: UnitInput) -> Iterator[Document]:
         yield Document(_decode(content, lambda path=path: str(path)), str(path))  # type: ignore[misc]
 
 
-def _lines(path: Path, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
+def lines_of(path: Path, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
     """The lines that begin at bytes [start, stop) of a file, and where each begins. A compressed file is read whole."""
     try:
         with open_bytes(path) as file:
@@ -148,7 +148,7 @@ def _cut_lines(unit: UnitInput) -> Iterator[Document]:
     for path, start, stop in _parts(unit):
         lines: list[bytes] = []
         size, first = 0, start
-        for position, line in _lines(path, start, stop):
+        for position, line in lines_of(path, start, stop):
             if not lines:
                 first = position
             lines.append(line)
@@ -168,7 +168,7 @@ def _read_jsonl(unit: UnitInput) -> Iterator[Document]:
     field = parse_given(unit.given).address.column
     assert field is not None
     for path, start, stop in _parts(unit):
-        for position, line in _lines(path, start, stop):
+        for position, line in lines_of(path, start, stop):
             if line.isspace():
                 continue
 

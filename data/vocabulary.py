@@ -14,7 +14,15 @@ from data.config import DataConfig
 from data.manifest import FORMAT_VERSION, TokenizerEntry
 from data.source_reading import Document, read_unit
 from data.sources import Source, open_source, source_state
-from data.tokenizers import ByteTokenizer, SubwordTokenizer, Tokenizer, load_published, tokenizer_entry, train_bpe
+from data.tokenizers import (
+    TOKENIZER_NAME,
+    ByteTokenizer,
+    SubwordTokenizer,
+    Tokenizer,
+    load_published,
+    tokenizer_entry,
+    train_bpe,
+)
 from data.units import Unit, fraction_of, input_of, plan_units
 from data.workspace import TokenizerRecord, Workspace, is_intact
 
@@ -42,17 +50,35 @@ def place_tokenizer(
     units: Sequence[Unit],
     tell: Tell,
 ) -> TokenizerEntry:
-    """Put the tokenizer into the workspace, trained where it is not `given`, unless it lies there already."""
-    record = workspace.read_record(workspace.tokenizer_path, TokenizerRecord)
-    if record is not None and (record.entry.file is None or is_intact(workspace.dataset, record.entry.file)):
-        return record.entry
+    """Put the tokenizer into the workspace, trained where it is not `given` and does not lie there already."""
+    if given is None and (found := tokenizer_there(workspace, config.tokenizer)) is not None:
+        return found
     tokenizer = given or train_tokenizer(config.tokenizer, [(config, sources, units)], tell)
-    name = "tokenizer.json"
-    entry = tokenizer_entry(tokenizer, config.tokenizer, workspace.temporary(name))
+    entry = tokenizer_entry(tokenizer, config.tokenizer, workspace.temporary(TOKENIZER_NAME))
     if entry.file is not None:
-        workspace.publish(workspace.temporary(name), workspace.dataset / name)
+        workspace.publish(workspace.temporary(TOKENIZER_NAME), workspace.dataset / TOKENIZER_NAME)
     workspace.write_record(TokenizerRecord(entry=entry), workspace.tokenizer_path)
     return entry
+
+
+def tokenizer_there(workspace: Workspace, spec: str) -> TokenizerEntry | None:
+    """The tokenizer in the workspace; None unless its file and all that is said of it agree."""
+    record = workspace.read_record(workspace.tokenizer_path, TokenizerRecord)
+    if record is None:
+        return None
+    if spec == "bytes":
+        tokenizer: Tokenizer = ByteTokenizer()
+    elif record.entry.file is None or not is_intact(workspace.dataset, record.entry.file):
+        return None
+    else:
+        tokenizer = load_published(str(workspace.dataset / TOKENIZER_NAME))
+    derived = TokenizerEntry(
+        spec=spec,
+        file=None if spec == "bytes" else record.entry.file,
+        vocabulary_size=tokenizer.vocabulary_size,
+        end_of_document=tokenizer.end_of_document,
+    )
+    return derived if derived == record.entry else None
 
 
 def train_tokenizer(

@@ -1,35 +1,45 @@
 """Every source, read for real from small local files, and what each says of a file that is not what it should be."""
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from data.config import DataConfig
+from data import units
+from data.config import DataConfig, parse_given
 from data.dataset import open_dataset
 from data.image_dataset import ImageDataset
 from data.prepare import prepare
 from data.shards import CheckedFile
+from data.source_reading import Document, lines_of, read_unit
+from data.sources import open_source
 from data.store import LocalStore, read_manifest
 from data.tokenizers import load_tokenizer
+from data.units import input_of, plan_units
 from tests.data.data_helpers import lorem, write_images, write_jsonl
 
 TEXTS = [lorem(number) for number in range(40)]
 
 
-def stored_texts(directory: Path) -> list[str]:
-    """Every document of a prepared dataset, from the shards and their document ends, as any other tool could."""
+def stored_texts(directory: Path, only: str | None = None) -> list[str]:
+    """The documents of a prepared dataset, or of one split, from the shards and their ends, as any other tool could."""
     tokenizer, manifest = load_tokenizer(LocalStore(directory)), read_manifest(LocalStore(directory))
     texts = []
-    for split in manifest.splits.values():
-        for shard in split.shards:
+    for name, split in manifest.splits.items():
+        for shard in split.shards if only in (None, name) else ():
             assert shard.docs is not None
             tokens = np.fromfile(directory / shard.data.name, dtype=manifest.dtype)
             start = 0
@@ -41,7 +51,7 @@ def stored_texts(directory: Path) -> list[str]:
     return texts
 
 
-def prepared(tmp_path: Path, source: str, **changes: object) -> Path:
+def prepared(tmp_path: Path, source: str | tuple[str, ...], **changes: object) -> Path:
     values: dict[str, object] = {"source": source, "directory": tmp_path / "prepared", "validation_fraction": 0.25}
     return prepare(DataConfig.model_validate(values | changes))
 
@@ -96,6 +106,190 @@ def test_jsonl_and_parquet(tmp_path: Path) -> None:
     write_parquet(folder / "b.parquet", TEXTS[25:])
     directory = prepared(tmp_path, f"parquet:{folder}#body", directory=tmp_path / "from-parquet")
     assert sorted(stored_texts(directory)) == sorted(TEXTS)
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pa.Codec("zstd").compress(content).to_pybytes(),
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_files(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 1000)
+    compress = COMPRESS[suffix]
+    lines = write_jsonl(tmp_path / "plain.jsonl", TEXTS[:20])
+    folder = tmp_path / "lines"
+    folder.mkdir()
+    (folder / f"a.jsonl{suffix}").write_bytes(compress(lines.read_bytes()))
+    (folder / "b.jsonl").write_bytes(write_jsonl(tmp_path / "more.jsonl", TEXTS[20:]).read_bytes())
+    directory = prepared(tmp_path, f"train=jsonl:{folder}#text", validation_fraction=0.05)
+    assert stored_texts(directory) == TEXTS
+    # Two frames, one after the other, as tools that compress in parallel write them.
+    whole = "".join(TEXTS * 5)
+    half = len(whole) // 2
+    (tmp_path / f"book.txt{suffix}").write_bytes(compress(whole[:half].encode()) + compress(whole[half:].encode()))
+    text = prepared(
+        tmp_path, f"train=text:{tmp_path}/book.txt{suffix}", validation_fraction=0.05, directory=tmp_path / "text"
+    )
+    assert "".join(stored_texts(text)) == whole
+    assert len(stored_texts(text)) > 4
+    content = (folder / f"a.jsonl{suffix}").read_bytes()
+    for damaged in (content[: len(content) // 2], b"nothing of the kind" * 10):
+        (folder / f"a.jsonl{suffix}").write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"a\.jsonl\{suffix}: not a whole \{suffix} file") as refused:
+            prepared(tmp_path, f"jsonl:{folder}#text", directory=tmp_path / "damaged")
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 50, 300, 1000, 10**6])
+def test_documents_do_not_depend_on_where_units_end(
+    tmp_path: Path, unit_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", unit_bytes)
+    texts = TEXTS[:12]
+    folder = tmp_path / "lines"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", texts[:5])
+    (folder / "b.jsonl").write_bytes(b"")
+    write_jsonl(folder / "c.jsonl", texts[5:])
+    (folder / "c.jsonl").write_bytes((folder / "c.jsonl").read_bytes().removesuffix(b"\n"))
+    write_parquet(tmp_path / "table.parquet", texts)
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "texts" / f"{number:02d}.txt").write_text(text)
+    for source in (f"jsonl:{folder}#text", f"parquet:{tmp_path}/table.parquet#body", f"text:{tmp_path}/texts"):
+        found = [open_source(parse_given(f"train={source}"))]
+        cut = plan_units(found)
+        documents = [
+            document.text
+            for unit in cut
+            for document in read_unit(input_of(unit, found, None))
+            if isinstance(document, Document)
+        ]
+        assert documents == texts
+        assert len(cut) > 1 or unit_bytes >= 1000
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lines=st.lists(st.binary(max_size=30).map(lambda line: line.replace(b"\n", b"")), max_size=25),
+    ended=st.booleans(),
+    unit_bytes=st.integers(1, 90),
+)
+def test_a_line_belongs_to_the_unit_in_which_it_begins(
+    tmp_path: Path, lines: list[bytes], ended: bool, unit_bytes: int
+) -> None:
+    path = tmp_path / "lines.txt"
+    content = b"\n".join(lines) + (b"\n" if ended else b"")
+    path.write_bytes(content)
+    read = []
+    for start in range(0, len(content), unit_bytes):
+        stop = min(start + unit_bytes, len(content))
+        for position, line in lines_of(path, start, stop):
+            assert start <= position < stop
+            read.append(line)
+    assert read == content.splitlines(keepends=True) or b"".join(read) == content
+    assert all(line.endswith(b"\n") for line in read[:-1])
+    assert b"".join(read) == content
+
+
+def test_sources_side_by_side_and_whole_splits(tmp_path: Path) -> None:
+    first, second = (
+        write_jsonl(tmp_path / f"{name}.jsonl", texts) for name, texts in (("a", TEXTS[:25]), ("b", TEXTS[25:]))
+    )
+    given = [f"jsonl:{first}#text", f"jsonl:{second}#text"]
+    directory = prepared(tmp_path, tuple(given))
+    assert sorted(stored_texts(directory)) == sorted(TEXTS)
+    manifest = read_manifest(LocalStore(directory))
+    assert [source.address for source in manifest.sources] == given
+    splits = (f"train={given[0]}", f"my-test={given[1]}")
+    whole = prepared(tmp_path, splits, directory=tmp_path / "whole", validation_fraction=0.05)
+    assert stored_texts(whole, "train") == TEXTS[:25]
+    assert stored_texts(whole, "my-test") == TEXTS[25:]
+    assert read_manifest(LocalStore(whole)).validation_fraction is None
+    with pytest.raises(
+        ValueError, match=r"no split 'validation', only my-test, train; prepare it with .*validation=ADDRESS"
+    ):
+        open_dataset(LocalStore(whole), DataConfig(), "validation")
+    mixed = prepared(tmp_path, (given[0], f"test={given[1]}"), directory=tmp_path / "mixed")
+    assert set(read_manifest(LocalStore(mixed)).splits) == {"train", "validation", "test"}
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"no documents for test; correct data\.source"):
+        prepared(tmp_path, (given[0], f"test=jsonl:{tmp_path}/empty.jsonl#text"), directory=tmp_path / "without")
+
+
+def test_one_dataset_is_of_one_kind(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="text and images cannot be mixed"):
+        DataConfig(source=("stdlib", "digits"))
+    with pytest.raises(ValueError, match="validation_fraction means nothing"):
+        DataConfig(source="train=stdlib", validation_fraction=0.2)
+    with pytest.raises(ValueError, match="number their classes differently"):
+        prepared(tmp_path, ("digits", f"images:{write_images(tmp_path / 'photos')}"))
+
+
+def write_table(path: Path, rows: list[str], header: str = "file,kind") -> Path:
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+def test_images_listed_in_a_csv_file(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "photos", count=30)
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in folder.glob("*/*"))
+    rows = [f"{name},{number % 12}" for number, name in enumerate(names)]
+    table = write_table(tmp_path / "labels.csv", rows)
+    directory = prepared(tmp_path, f"train=csv:{table}#file,kind", validation_fraction=0.05)
+    dataset = open_dataset(LocalStore(directory), DataConfig(), "train")
+    assert dataset.facts.class_names == tuple(str(number) for number in range(12))  # as numbers, not 0, 1, 10, 11, 2
+    assert isinstance(dataset, ImageDataset)
+    fields, _ = dataset.gather(np.arange(30))
+    assert fields["labels"].tolist() == [number % 12 for number in range(30)]
+    pixels = np.asarray(Image.open(tmp_path / names[7])).transpose(2, 0, 1)
+    assert (fields["images"][7] == pixels).all()
+
+
+def test_classes_of_several_tables_are_numbered_together(tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", count=6)
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "photos").glob("*/*"))
+    first = write_table(tmp_path / "a.csv", [f"{name},owl" for name in names[:3]])
+    second = write_table(tmp_path / "b.csv", [f"{name},ant" for name in names[3:]])
+    sources = (f"train=csv:{first}#file,kind", f"validation=csv:{second}#file,kind")
+    directory = prepared(tmp_path, sources, validation_fraction=0.05)
+    for split, label in (("train", 1), ("validation", 0)):
+        dataset = open_dataset(LocalStore(directory), DataConfig(), split)
+        assert dataset.facts.class_names == ("ant", "owl")
+        assert dataset.gather(np.arange(3))[0]["labels"].tolist() == [label] * 3
+
+
+def test_a_csv_file_never_leads_out_of_its_directory(tmp_path: Path) -> None:
+    inside = tmp_path / "inside"
+    write_images(inside, count=4)
+    write_images(tmp_path / "inside-too", count=4)
+    (inside / "link").symlink_to(tmp_path / "inside-too")
+    for path in (
+        "../inside-too/cat/000.jpg",
+        str(tmp_path / "inside-too/cat/000.jpg"),
+        "link/cat/000.jpg",
+        "cat/../../x",
+    ):
+        table = write_table(inside / "labels.csv", ["cat/000.jpg,a", f"{path},b"])
+        with pytest.raises(ValueError, match=r"labels\.csv:3: .* leaves the table's directory") as refused:
+            prepared(tmp_path, f"csv:{table}#file,kind")
+        assert "\n" not in str(refused.value)
+    for rows, message in (
+        (["cat/000.jpg,"], "no image or no label"),
+        (["cat/none.jpg,a"], "cannot be read"),
+        (["cat/000.jpg"], "no image or no label"),
+        ([], "no rows"),
+        (['"cat'], "not a CSV file"),
+    ):
+        table = write_table(inside / "labels.csv", rows)
+        with pytest.raises(ValueError, match=message):
+            prepared(tmp_path, f"csv:{table}#file,kind")
+    with pytest.raises(ValueError, match=r"no column 'label'; its columns are \['file', 'kind'\]"):
+        prepared(tmp_path, f"csv:{table}#file,label")
 
 
 def test_the_standard_library_is_there_without_tests(tmp_path: Path) -> None:
@@ -200,6 +394,30 @@ def test_hugging_face_texts_from_local_folders(tmp_path: Path) -> None:
     assert "no column 'nothing'; its columns are ['body', 'number']" in said[3]
     assert "`datasets` cannot load split 'no'" in said[4]
     assert len(said) == 5
+
+
+def test_hugging_face_streams_are_prepared_shard_by_shard(tmp_path: Path) -> None:
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    for number in range(4):
+        write_parquet(tables / f"train-{number}.parquet", TEXTS[number * 10 : number * 10 + 10])
+    write_parquet(tables / "test.parquet", ["held out, every word of it"])
+    program = (
+        HUGGING_FACE.replace("source=source,", "source=tuple(source.split(';')), shard_bytes=4000,")
+        .replace(", validation_fraction=0.25", "")
+        .replace("prepare(DataConfig", "prepare(workers=2, config=DataConfig")
+    )
+    sources = f"train=hf:{tables}#body;validation=hf:{tables}@test#body"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    command = [sys.executable, "-c", program, str(tmp_path), sources]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert said.splitlines() == ["prepared"], said
+    manifest = read_manifest(LocalStore(tmp_path / "0"))
+    assert stored_texts(tmp_path / "0", "train") == TEXTS  # in the order of the source
+    assert stored_texts(tmp_path / "0", "validation") == ["held out, every word of it"]
+    # Of unknown size, each shard of the stream is a group, and so has shards of its own.
+    names = {shard.data.name[: len("train-00000")] for shard in manifest.splits["train"].shards}
+    assert names == {f"train-{number:05d}" for number in range(4)}
 
 
 def test_hugging_face_images_from_a_local_folder(tmp_path: Path) -> None:
