@@ -22,6 +22,8 @@ from data.config import DataConfig, SourceAddress, parse_source
         ("hf:name:config@test#body", SourceAddress("hf", "name", "body", "config", "test")),
         ("hf:name@train[:10%]", SourceAddress("hf", "name", None, None, "train[:10%]")),
         ("hf:name#body", SourceAddress("hf", "name", "body")),
+        ("hf:name#photo,class", SourceAddress("hf", "name", "photo", label_column="class")),
+        ("csv:a/b#c.csv#file,kind", SourceAddress("csv", "a/b#c.csv", "file", label_column="kind")),
     ],
 )
 def test_each_form_of_address_is_parsed(address: str, parsed: SourceAddress) -> None:
@@ -30,7 +32,27 @@ def test_each_form_of_address_is_parsed(address: str, parsed: SourceAddress) -> 
 
 @pytest.mark.parametrize(
     "address",
-    ["", "stdlb", "stdlib:x", "text:", "jsonl:x", "jsonl:#f", "parquet:x#", "hf:", "hf:a:@x", "hf:a#", "s3:x"],
+    [
+        "",
+        "stdlb",
+        "stdlib:x",
+        "text:",
+        "jsonl:x",
+        "jsonl:#f",
+        "parquet:x#",
+        "hf:",
+        "hf:a:@x",
+        "hf:a#",
+        "s3:x",
+        "csv:a.csv",
+        "csv:a.csv#file",
+        "csv:#a,b",
+        "hf:a#b,",
+        "test=",
+        "=stdlib",
+        "a b=stdlib",
+        "a:b=stdlib",
+    ],
 )
 def test_a_bad_address_is_refused_with_the_forms_in_one_line(address: str) -> None:
     with pytest.raises(ValueError, match=r"the forms are .*jsonl:PATH#FIELD") as refused:
@@ -38,6 +60,20 @@ def test_a_bad_address_is_refused_with_the_forms_in_one_line(address: str) -> No
     assert "\n" not in str(refused.value)
     with pytest.raises(ValidationError, match="the forms are"):
         DataConfig(source=address)
+
+
+def test_sources_and_the_splits_they_make() -> None:
+    config = DataConfig(source=("train=text:a=b", "hf:name@test", "my-test=stdlib"))
+    assert [(one.into, one.address.kind, one.address.location) for one in config.sources] == [
+        ("train", "text", "a=b"),
+        (None, "hf", "name"),
+        ("my-test", "stdlib", ""),
+    ]
+    assert config.splits == ("my-test", "train", "validation")
+    assert config.source_text == "train=text:a=b, hf:name@test, my-test=stdlib"
+    assert DataConfig(source="text:a=b").sources[0].into is None
+    assert DataConfig(source="test=stdlib").splits == ("test",)
+    assert DataConfig.model_validate_json(config.model_dump_json(), strict=True) == config
 
 
 @pytest.mark.parametrize(
@@ -52,6 +88,10 @@ def test_a_bad_address_is_refused_with_the_forms_in_one_line(address: str) -> No
         {"tokenizer": "bpe:many"},
         {"tokenizer": ""},
         {"sequence_length": 4},
+        {"source": ()},
+        {"source": ("stdlib", "digits")},
+        {"source": "train=stdlib", "validation_fraction": 0.1},
+        {"source": "csv:a.csv#b,c", "tokenizer": "bpe:300"},
     ],
 )
 def test_impossible_values_are_refused(values: dict[str, object]) -> None:

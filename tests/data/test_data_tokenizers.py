@@ -1,5 +1,6 @@
 """Bytes, BPE trained on the corpus, and published tokenizers: exact round trips, and sizes that can be trusted."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from data import units, vocabulary
 from data.build import split_of
 from data.config import DataConfig
 from data.dataset import open_dataset
 from data.prepare import prepare
 from data.store import LocalStore, read_manifest
 from data.tokenizers import ByteTokenizer, SubwordTokenizer, Tokenizer, load_published, load_tokenizer, train_bpe
+from data.vocabulary import prepare_tokenizer
 from tests.data.data_helpers import lorem, token_config, write_jsonl
 
 TEXTS = [lorem(number) for number in range(60)]
@@ -150,3 +153,46 @@ def test_images_have_no_tokenizer(tmp_path: Path) -> None:
     directory = prepare(DataConfig(source="digits", directory=tmp_path / "digits"))
     with pytest.raises(ValueError, match="has no tokenizer"):
         load_tokenizer(LocalStore(directory))
+
+
+def test_one_tokenizer_for_several_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    second = write_jsonl(tmp_path / "b.jsonl", ["xyzzy " * 50, "plugh " * 50])
+    held_out = write_jsonl(tmp_path / "c.jsonl", ["qqqq " * 500])
+    config = DataConfig(source=f"jsonl:{first}#text", tokenizer="bpe:330", validation_fraction=0.2)
+    other = DataConfig(source=(f"train=jsonl:{second}#text", f"validation=jsonl:{held_out}#text"), tokenizer="bpe:330")
+    path = prepare_tokenizer([config, other])
+    assert path.parent == Path("prepared")
+    assert re.fullmatch(r"tokenizer-bpe-330-[0-9a-f]{12}\.json", path.name)
+    content = path.read_text()
+    assert '"xyzzy"' in content
+    assert '"qqqq' not in content
+    stamp = path.stat().st_mtime_ns
+    assert prepare_tokenizer([config, other]) == path
+    assert path.stat().st_mtime_ns == stamp
+    write_jsonl(first, TEXTS[:50])
+    assert prepare_tokenizer([config, other]) != path
+    used = other.model_copy(update={"tokenizer": str(path), "directory": tmp_path / "made"})
+    assert load_tokenizer(LocalStore(prepare(used))).vocabulary_size == 330
+    with pytest.raises(ValueError, match="one bpe:SIZE is needed"):
+        prepare_tokenizer([config, used])
+    assert [one.name for one in Path("prepared").iterdir() if one.name.startswith(".")] == []
+
+
+def test_a_tokenizer_of_much_text_is_trained_on_a_part_of_it_all_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(vocabulary, "MOST_TRAINING_BYTES", 12_000)
+    beginning, middle = [f"aaaa {text}" for text in TEXTS * 2], [f"mmmm {text}" for text in TEXTS * 2]
+    source = write_jsonl(tmp_path / "corpus.jsonl", beginning + middle)
+    config = DataConfig(source=f"jsonl:{source}#text", tokenizer="bpe:330", directory=tmp_path / "made")
+    told: list[str] = []
+    prepare(config, tell=told.append)
+    assert told[0].startswith("bpe:330 trained on the first ")
+    content = (tmp_path / "made" / "tokenizer.json").read_text()
+    assert '"aaaa"' in content
+    assert '"mmmm"' in content
+    prepare(config.model_copy(update={"directory": tmp_path / "again"}))
+    assert (tmp_path / "again" / "tokenizer.json").read_text() == content

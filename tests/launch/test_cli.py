@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 LOCKSTEP = Path(sys.executable).parent / "lockstep"
-COMMANDS = ("train", "prepare", "evaluate", "generate", "checkpoint", "report", "engines")
+COMMANDS = ("train", "prepare", "evaluate", "generate", "data", "checkpoint", "report", "engines")
 
 
 def run(*arguments: object, cwd: Path, command: tuple[object, ...] = (LOCKSTEP,)) -> subprocess.CompletedProcess[str]:
@@ -55,6 +55,12 @@ def test_the_command_and_a_bad_recipe_import_no_torch(tmp_path: Path) -> None:
         (["prepare", "nowhere:x", "--out", "d"], "data.source"),
         (["prepare", "text:missing.txt", "--out", "d"], "missing.txt"),
         (["prepare", "stdlib", "--out", "d", "--validation-fraction", "1.5"], "data.validation_fraction=1.5"),
+        (["prepare", "stdlib", "digits", "--out", "d"], "mixes text and images"),
+        (["prepare", "stdlib", "--out", "d", "--workers", "0"], "--workers 0: must be at least 1"),
+        (["prepare", "stdlib", "--out", "d", "--part", "0/4"], "--part 0/4: must be I/N with I from 1 to N"),
+        (["data", "merge", "nothing"], "nothing: nothing was prepared for it"),
+        (["data"], "ACTION"),
+        (["train", "gpt-stdlib", "data.source=train=stdlib"], "no split validation"),
         (["evaluate", "nowhere"], "nowhere: not a run"),
         (["generate", "nowhere"], "nowhere: not a run"),
         (["report", "nowhere"], "nowhere"),
@@ -91,3 +97,27 @@ def test_a_folder_of_the_same_name_does_not_shadow_the_packages(tmp_path: Path) 
 def test_options_may_stand_between_overrides(tmp_path: Path) -> None:
     refused = run("train", "gpt-stdlib", "run.steps=3", "--workers", "1", "run.stepz=4", cwd=tmp_path)
     assert "run.stepz=4: unknown key" in refused.stderr
+
+
+def test_several_sources_and_the_parts_of_an_array(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(30):
+            (tmp_path / name / f"{number}.txt").write_text(f"text {number} of {name}\n" * 20)
+    arguments = ["prepare", "train=text:a", "validation=text:b", "--workers", 1]
+    made = run(*arguments, "--out", "whole", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "prepared whole: 60 documents, " in made.stdout
+    assert " tokens, " in made.stdout
+    assert " MB/s)" in made.stdout
+    for number in (2, 1):
+        told = run(*arguments, "--out", "parts", "--part", f"{number}/2", cwd=tmp_path)
+        assert told.returncode == 0, told.stderr
+        assert "when all parts are done, run `lockstep data merge parts`" in told.stdout
+    merged = run("data", "merge", "parts", cwd=tmp_path)
+    assert merged.returncode == 0, merged.stderr
+    assert merged.stdout.splitlines()[-1] == "parts"
+    whole, parts = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "parts")
+    )
+    assert whole == parts
