@@ -25,7 +25,7 @@ from typing import Any
 import tokenizers
 
 from data.config import DataConfig, parse_given
-from data.reading import Document, read_unit
+from data.source_reading import Document, read_unit
 from data.sources import open_source
 from data.store import LocalStore, read_manifest
 from data.units import input_of, plan_units

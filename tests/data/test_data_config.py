@@ -33,27 +33,10 @@ def test_each_form_of_address_is_parsed(address: str, parsed: SourceAddress) -> 
 @pytest.mark.parametrize(
     "address",
     [
-        "",
-        "stdlb",
-        "stdlib:x",
-        "text:",
-        "jsonl:x",
-        "jsonl:#f",
-        "parquet:x#",
-        "hf:",
-        "hf:a:@x",
-        "hf:a#",
-        "s3:x",
-        "csv:a.csv",
-        "csv:a.csv#file",
-        "csv:#a,b",
-        "hf:a#b,",
-        "test=",
-        "=stdlib",
-        "a b=stdlib",
-        "a:b=stdlib",
+        "", "stdlb", "stdlib:x", "text:", "jsonl:x", "jsonl:#f", "parquet:x#", "hf:", "hf:a:@x", "hf:a#", "hf:a#b,", "s3:x",
+        "csv:a.csv", "csv:a.csv#file", "csv:#a,b", "test=", "=stdlib", "a b=stdlib", "a:b=stdlib",
     ],
-)
+)  # fmt: skip
 def test_a_bad_address_is_refused_with_the_forms_in_one_line(address: str) -> None:
     with pytest.raises(ValueError, match=r"the forms are .*jsonl:PATH#FIELD") as refused:
         parse_source(address)

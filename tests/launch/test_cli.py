@@ -55,7 +55,7 @@ def test_the_command_and_a_bad_recipe_import_no_torch(tmp_path: Path) -> None:
         (["prepare", "nowhere:x", "--out", "d"], "data.source"),
         (["prepare", "text:missing.txt", "--out", "d"], "missing.txt"),
         (["prepare", "stdlib", "--out", "d", "--validation-fraction", "1.5"], "data.validation_fraction=1.5"),
-        (["prepare", "stdlib", "digits", "--out", "d"], "mixes text and images"),
+        (["prepare", "stdlib", "digits", "--out", "d"], "text and images cannot be mixed"),
         (["prepare", "stdlib", "--out", "d", "--workers", "0"], "--workers 0: must be at least 1"),
         (["prepare", "stdlib", "--out", "d", "--part", "0/4"], "--part 0/4: must be I/N with I from 1 to N"),
         (["data", "merge", "nothing"], "nothing: nothing was prepared for it"),
