@@ -59,6 +59,8 @@ def in_child(action, number):
     return not os.WIFSIGNALED(status)
 
 def inside():
+    from PIL import Image
+    Image.init()  # once, and not in each child
     real = data.prepare.work_through
     data.prepare.work_through = lambda schedule, job, processes: real(schedule, job, 0)
 """
