@@ -112,7 +112,7 @@ def test_an_epoch_fetches_each_file_about_once(
     needed = needed_cache_bytes(part_of(local), local, nodes=1)
     assert needed < int(local.shard_bytes.sum()) / 2
     stop = local.samples
-    server.faults["train-00003.bin"] = [Fault("reset", 100), Fault("status")]
+    server.faults["train-00000_003.bin"] = [Fault("reset", 100), Fault("status")]
     limit = 2 * needed
     remote = [opened_remote(server, tmp_path / "cache", limit) for _ in range(ranks)]
     assert folds(read([dataset for dataset, _ in remote], stop)) == folds(read([local] * ranks, stop))

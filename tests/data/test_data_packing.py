@@ -347,7 +347,7 @@ def first(packing: dict[str, Any]) -> dict[str, Any]:
         lambda head, _: first(head)["index"].update(bytes=2**55, blocks=[]),
         lambda head, _: first(head)["index"].update(name="../outside"),
         lambda head, _: first(head)["index"].update(name=head["splits"]["train"][1]["index"]["name"]),
-        lambda head, _: first(head).update(shard="train-00001.bin"),
+        lambda head, _: first(head).update(shard="train-00000_001.bin"),
         lambda head, _: head["splits"].update(train=head["splits"]["train"][:-1]),
         lambda head, _: head["splits"].pop("train") and None,
         lambda head, _: head.update(fingerprint="0" * 64),

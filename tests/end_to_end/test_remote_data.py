@@ -87,14 +87,14 @@ def test_what_is_wrong_is_told_in_a_line(
     train(server.address, cache_bytes=100).failed_with(2, "data.cache_bytes 100")
     train("s3://bucket/x?token=hunter2").failed_with(2, "the s3 address holds a query")
     assert not (tmp_path / "run").exists()
-    server.always["train-00001.bin"] = Fault("flip", 3)
+    server.always["train-00000_001.bin"] = Fault("flip", 3)
     ended = train(server.address)
     assert ended.code == 78
-    assert "train-00001.bin: fetched 3 times, and never what the manifest lists" in ended.told[-1]
-    server.always["train-00001.bin"] = Fault("status", status=503)
+    assert "train-00000_001.bin: fetched 3 times, and never what the manifest lists" in ended.told[-1]
+    server.always["train-00000_001.bin"] = Fault("status", status=503)
     ended = train(server.address, "run.directory=other")
     assert ended.code == 1
-    assert "train-00001.bin: cannot be read (ClientResponseError: 503" in ended.told[-1]
+    assert "train-00000_001.bin: cannot be read (ClientResponseError: 503" in ended.told[-1]
     no_directory = tmp_path / "file"
     no_directory.write_text("")
     third = "run.directory=third"
