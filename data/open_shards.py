@@ -48,7 +48,7 @@ class OpenShards(Generic[Shard]):
         return min(samples, self._store.looks_ahead_bytes * samples // int(self.bytes.sum()))
 
     def close_some(self, wanted: Callable[[], npt.NDArray[np.int64]]) -> dict[int, Shard]:
-        """Close shards that neither are expected nor among the `wanted` (n,), but for a few; the closed ones by number.
+        """Close shards neither expected nor among the `wanted` (n,), once they are more than a few: these, by number.
 
         It is for the reader to call when nothing of them is in use. `wanted` is asked for only where it matters.
         """

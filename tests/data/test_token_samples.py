@@ -101,7 +101,7 @@ def test_rows_end_with_their_map(many_shards: tuple[Path, DataConfig]) -> None:
     assert rows.copy(np.array([last]))[0].tobytes() == map[-10:]
     with pytest.raises(IndexError):
         rows.copy(np.array([last + 1]))
-    other = dataset._shard(1).map
+    other = dataset._shards[1].map
     rows.add(other)
     assert rows.copy(np.array([last, address_of(other)]))[1].tobytes() == other[:10]
     rows.remove(map)
