@@ -5,6 +5,8 @@ import numpy.typing as npt
 import xxhash
 
 EMPTY_DIGEST = "0" * 32
+# In the digest a sample's id stands beside the number of its stream: no stream has 2^48 samples.
+STREAM_SHIFT = 48
 
 WordArray = npt.NDArray[np.uint64]
 

@@ -1,5 +1,6 @@
 """Images of a prepared dataset: random access by sample id, checked as they are read, decoded and augmented."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -67,13 +68,25 @@ class ImageDataset:
         encoded: list[memoryview] = []
         labels = np.empty(count, dtype=np.int64)
         hashes = np.empty(count, dtype=np.uint64)
-        for slot, number in enumerate(np.searchsorted(self._ends, sample_ids, side="right").tolist()):
-            shard = self._shards[number]
-            content, labels[slot] = shard.read(int(sample_ids[slot] - (self._ends[number] - shard.rows)))
-            # The label is the seed, so that an altered label changes the hash too.
-            hashes[slot] = xxhash.xxh3_64_intdigest(content, seed=int(labels[slot]))
+        for slot, (content, label, content_hash) in enumerate(self._stored(sample_ids)):
+            labels[slot], hashes[slot] = label, content_hash
             encoded.append(content)
         return {"images": self._decode(encoded, sample_ids, choices), "labels": labels}, hashes
+
+    def content_hashes(self, sample_ids: SampleIds) -> Hashes:
+        """The hash (n,) of the bytes and the label of samples (n,)."""
+        check_range(sample_ids, self.samples)
+        return np.fromiter((found for _, _, found in self._stored(sample_ids)), np.uint64, len(sample_ids))
+
+    def _stored(self, sample_ids: SampleIds) -> Iterator[tuple[memoryview, int, int]]:
+        """The encoded bytes, the label and the hash of each sample."""
+        for sample_id, number in zip(
+            sample_ids, np.searchsorted(self._ends, sample_ids, side="right").tolist(), strict=True
+        ):
+            shard = self._shards[number]
+            encoded, label = shard.read(int(sample_id - (self._ends[number] - shard.rows)))
+            # The label is the seed, so that an altered label changes the hash too.
+            yield encoded, label, xxhash.xxh3_64_intdigest(encoded, seed=label)
 
     def mix(self, fields: Fields, partners: SampleIds, words: npt.NDArray[np.uint64]) -> Fields:
         """Gathered fields mixed as `data/mixing.py` says: with `partner_labels` int64 (n,) and `label_weights` float32 (n,)."""

@@ -74,6 +74,10 @@ class Dataset(Protocol):
         """The fields of samples (n,) and the hash (n,) of each one's stored content; without `choices` as evaluated."""
         ...
 
+    def content_hashes(self, sample_ids: SampleIds) -> Hashes:
+        """The hashes (n,) that `gather` gives with samples (n,): their bytes are read and checked, but nothing is decoded."""
+        ...
+
     def mix(self, fields: Fields, partners: SampleIds, words: npt.NDArray[np.uint64]) -> Fields:
         """The first n rows of gathered fields, each mixed with row `partners[k]`, by the random word `words[k]`; both (n,).
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from data.digest import fold_samples, mix_samples
+from data.digest import STREAM_SHIFT, fold_samples, mix_samples
 from data.lookahead import LookAhead
 from data.plan import Plan
 from data.reading import Reader
@@ -25,8 +25,6 @@ ReduceItems = Callable[[list[int]], list[int]]
 # Handing one over takes two threads some 50 microseconds, which 4 MiB of samples make 5 % of.
 CHUNK_BYTES = 4 * 1024 * 1024
 CHUNK_STEPS = 64
-# In the digest a sample's id stands beside the number of its stream: no stream has 2^48 samples.
-STREAM_SHIFT = 48
 # The order is computed for at least so many samples at once, which makes it eight times as cheap.
 ORDER_SAMPLES = 32768
 

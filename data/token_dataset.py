@@ -127,6 +127,14 @@ class TokenDataset:
             piece = slice(start, start + piece_samples)
             rows[piece] = mapped.copy(addresses[piece])
 
+    def content_hashes(self, sample_ids: SampleIds) -> Hashes:
+        """The xxh3-64 (n,) of the bytes of samples (n,), padding included."""
+        check_range(sample_ids, self.samples)
+        hashes = np.empty(len(sample_ids), dtype=np.uint64)
+        for shard, slots, shard_rows in self._pieces(sample_ids):
+            hashes[slots] = _hash_rows(shard.gather(shard_rows)["tokens"])
+        return hashes
+
     def _pieces(self, sample_ids: SampleIds) -> Iterator[tuple[TokenShard | PackedShard, SampleIds, SampleIds]]:
         """Cut a request into pieces of one shard each: the shard, where its samples are wanted, and its rows."""
         shard_of = np.searchsorted(self._ends, sample_ids, side="right")

@@ -20,6 +20,7 @@ from distrib.manifest import (
 )
 from launch.exit_codes import DO_NOT_RESTART, DONE
 from launch.run_directory import NONE_VERIFIES
+from launch.tables import format_table
 
 _COLUMNS = ("checkpoint", "step", "position", "world", "engine", "bytes", "date", "state")
 
@@ -48,9 +49,7 @@ def list_run(run_directory: Path) -> int:
     rows += [_other_row(path, "not published") for path in _unpublished(root)]
     if not rows:
         raise _nothing_saved(run_directory)
-    widths = [max(len(row[column]) for row in (_COLUMNS, *rows)) for column in range(len(_COLUMNS))]
-    for row in (_COLUMNS, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(format_table([_COLUMNS, *rows]))
     if published:
         print(f"contents were not read; `lockstep checkpoint verify {run_directory}` reads them")
     return DONE

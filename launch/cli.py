@@ -49,7 +49,7 @@ def _make_parser() -> argparse.ArgumentParser:
     train.add_argument("--debug", action="store_true", help="one process, no spawning, anomaly detection, five steps")
     train.set_defaults(run=_train)
 
-    _add_data_commands(commands)
+    _add_prepare_command(commands)
 
     evaluate = commands.add_parser(
         "evaluate", allow_abbrev=False, help="evaluate a run's newest good checkpoint on its validation split"
@@ -84,6 +84,7 @@ def _make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     generate.set_defaults(run=_generate)
 
+    _add_data_commands(commands)
     _add_checkpoint_commands(commands)
 
     report = commands.add_parser(
@@ -103,7 +104,7 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_data_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_prepare_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     prepare = commands.add_parser(
         "prepare",
         allow_abbrev=False,
@@ -126,7 +127,11 @@ def _add_data_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
     )
     prepare.set_defaults(run=_prepare)
 
-    data = commands.add_parser("data", allow_abbrev=False, help="what to do with prepared datasets")
+
+def _add_data_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    data = commands.add_parser(
+        "data", allow_abbrev=False, help="what is in a prepared dataset, and whether a run read it as planned"
+    )
     actions = data.add_subparsers(required=True, metavar="ACTION")
     merge = actions.add_parser(
         "merge",
@@ -136,6 +141,25 @@ def _add_data_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
     merge.add_argument("directory", type=Path, metavar="DIR", help="the dataset's directory, as it was given by --out")
     merge.add_argument("--workers", type=int, metavar="N", help="worker processes (default: one for each core)")
     merge.set_defaults(run=_merge)
+    audit = actions.add_parser(
+        "audit",
+        allow_abbrev=False,
+        help="prove from plan, shards and log that a run read each sample as often as planned; 78 where it is not proven",
+    )
+    audit.add_argument("run_directory", type=Path, metavar="RUN")
+    _add_workers(audit)
+    audit.add_argument(
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="[STREAM=]DIR",
+        help="where the run's dataset lies now, if it was moved; of a mixture, once for each stream that was",
+    )
+    audit.set_defaults(run=_audit)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, metavar="N", help="worker processes (default: one for each core)")
 
 
 def _add_checkpoint_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -257,6 +281,21 @@ def _generate(arguments: argparse.Namespace) -> int:
         )
     )
     return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    workers = _workers_of(arguments)
+    from launch.auditing import audit_run
+
+    return audit_run(arguments.run_directory, arguments.dataset, workers)
+
+
+def _workers_of(arguments: argparse.Namespace) -> int:
+    """How many processes do the work: one for each core where nothing was said."""
+    asked: int | None = arguments.workers
+    if asked is not None and asked < 1:
+        raise ValueError(f"--workers {asked}: must be at least 1")
+    return asked if asked is not None else len(os.sched_getaffinity(0))
 
 
 def _verify_checkpoints(arguments: argparse.Namespace) -> int:

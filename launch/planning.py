@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from data.epochs import refuse_too_many_epochs
+from data.errors import CorruptData
 from data.mixture import BLOCK_SAMPLES, quotas_of
 from data.order import GLOBAL_ORDER
 from data.plan import Plan, Segment, StreamPart
@@ -13,6 +15,9 @@ from data.samples import Dataset
 from data.steps import order_of
 from data.windows import WINDOWED_ORDER
 from launch.config import RunConfig
+
+PLAN_FILE = "plan.json"
+"""In a run's directory: the plan of its newest attempt, and the plan's hash."""
 
 
 def segment_of(config: RunConfig, training: Mapping[str, Dataset], start_position: int = 0) -> Segment:
@@ -82,3 +87,25 @@ def describe_epochs(config: RunConfig, plan: Plan, training: Mapping[str, Datase
         epochs = consumed[plan.number_of(stream)] / samples
         lines.append(f"{share}: {samples:,} training samples, {epochs:.2f} epochs in {config.run.steps} steps")
     return lines
+
+
+def plan_file_bytes(plan: Plan) -> bytes:
+    """The one form in which plan.json is written."""
+    return f'{{"hash":"{plan.hash}","plan":{plan.to_json()}}}\n'.encode()
+
+
+def read_plan(run_directory: Path) -> Plan:
+    """The plan of a run's newest attempt. ValueError where there is none, CorruptData where a byte of it was altered."""
+    path = run_directory / PLAN_FILE
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{run_directory}: no {PLAN_FILE}, so nobody knows what its steps should read") from None
+    damaged = f"{path}: altered or damaged; restore it from a checkpoint's state.json"
+    try:
+        plan = Plan.from_json(json.dumps(json.loads(content)["plan"]))
+    except (ValueError, RecursionError, LookupError, TypeError):
+        raise CorruptData(damaged) from None
+    if plan_file_bytes(plan) != content:
+        raise CorruptData(damaged)
+    return plan

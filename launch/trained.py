@@ -126,7 +126,7 @@ def generate_from_run(
 def _dataset_stores(run_directory: Path, given: Sequence[str], config: DataConfig) -> dict[str, Store]:
     """Where the datasets of a run lie. They are never prepared anew: their sources may have changed since."""
     identity = run_directory / "run.json"
-    recorded = json.loads(identity.read_text()).get("datasets", {}) if identity.is_file() else {}
+    recorded = json.loads(identity.read_text())["attempts"][-1]["datasets"] if identity.is_file() else {}
     places = {name: parse_address(entry["directory"]) for name, entry in recorded.items()}
     for text in given:
         name, equals, place = text.partition("=")

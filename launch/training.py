@@ -30,7 +30,7 @@ from launch.exit_codes import DO_NOT_RESTART, RunEnded
 from launch.ledger import Ledger
 from launch.materials import Materials, open_materials
 from launch.meter import Meter
-from launch.planning import check_orders, continue_plan, describe_epochs, segment_of
+from launch.planning import PLAN_FILE, check_orders, continue_plan, describe_epochs, plan_file_bytes, segment_of
 from launch.preparing import open_streams
 from launch.recipe import dump_recipe, parse_recipe
 from launch.resume import refuse_impossible_changes
@@ -200,10 +200,6 @@ def _begin(attempt: Attempt) -> None:
     devices = world.gather_objects(_device_name(world.device))
 
     def put_on_record() -> None:
-        run.identity["datasets"] = {
-            name: {"directory": _lasting(dataset.address), "fingerprint": dataset.fingerprint}
-            for name, dataset in attempt.materials.training.items()
-        }
         write_durably(run.path / "recipe.yaml", dump_recipe(config).encode())
         run.write_json("environment.json", describe_environment(devices, world.size))
         begin_attempt(
@@ -213,7 +209,16 @@ def _begin(attempt: Attempt) -> None:
             device=devices[0],
             resumed_from=str(attempt.resumed_from) if attempt.resumed_from else None,
             resumed_from_step=attempt.saved_step,
+            resumed_from_position=attempt.ledger.position if attempt.resumed_from else None,
+            resumed_from_digest=attempt.ledger.digest if attempt.resumed_from else None,
+            plan=attempt.plan.hash,
+            datasets={
+                name: {"directory": _lasting(dataset.address), "fingerprint": dataset.fingerprint}
+                for name, dataset in attempt.materials.training.items()
+            },
         )
+        # After run.json: until this attempt's plan is there, the one before still tells all steps that count.
+        write_durably(run.path / PLAN_FILE, plan_file_bytes(attempt.plan))
         attempt.stop.watch(run.stop_file)
         attempt.progress = Progress(
             config.tracking.progress,

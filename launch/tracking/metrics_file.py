@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,27 @@ def read_checkpoint_stalls(run_directory: Path) -> list[dict[str, Any]]:
     return _last_lines(run_directory)["stall"]
 
 
+def read_step_lines(run_directory: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every record of a step with the number of its line, in the order of the file: also those that were repeated later.
+
+    A torn last line is dropped; any other broken line raises ValueError with its number.
+    """
+    return ((number, record) for number, kind, record in _lines(run_directory) if kind == "step")
+
+
 def _last_lines(run_directory: Path) -> dict[str, list[dict[str, Any]]]:
     """Of each kind of record (step, evaluation, stall) the last line of every step, sorted by step."""
-    path = run_directory / FILE_NAME
     kinds: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "evaluation": {}, "stall": {}}
+    for _, kind, record in _lines(run_directory):
+        kinds[kind][record["step"]] = record
+    return {kind: [records[step] for step in sorted(records)] for kind, records in kinds.items()}
+
+
+def _lines(run_directory: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """The number, the kind and the record of every line."""
+    path = run_directory / FILE_NAME
     if not path.exists():
-        return {kind: [] for kind in kinds}
+        return
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             record = _parse(line)
@@ -83,9 +99,7 @@ def _last_lines(run_directory: Path) -> dict[str, list[dict[str, Any]]]:
                     f"{path}: line {number} is not a JSON object with a whole-number `step`; "
                     "restore the file or delete that line"
                 )
-            kind = "evaluation" if "evaluation" in record else "stall" if STALL_KEY in record else "step"
-            kinds[kind][record["step"]] = record
-    return {kind: [records[step] for step in sorted(records)] for kind, records in kinds.items()}
+            yield number, "evaluation" if "evaluation" in record else "stall" if STALL_KEY in record else "step", record
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

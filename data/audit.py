@@ -1,0 +1,144 @@
+"""What each step of a plan must have read, computed again from the shards: the words that its digest is chained from.
+
+Imports no torch: a run is audited by whoever has its directory and its data, with all cores that there are.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data.config import DataConfig
+from data.dataset import open_dataset
+from data.digest import STREAM_SHIFT, mix_samples
+from data.errors import CorruptData
+from data.plan import Plan
+from data.reading import Reader
+from data.samples import Dataset
+from data.steps import Integers, Samples, Steps
+from data.store import LocalStore, read_manifest
+
+# Samples of a job: enough that a process is seldom idle, and few enough that progress is seen.
+_JOB_SAMPLES = 16384
+
+
+@dataclass(frozen=True)
+class AuditedData:
+    """A plan, and where the dataset of each of its streams lies. `config` says how they are opened."""
+
+    plan: Plan
+    directories: Mapping[str, str]
+    """By the stream's name."""
+    config: DataConfig
+    start_position: int
+    stop_position: int
+
+    def open(self) -> dict[str, Dataset]:
+        """The training split of each stream that is there. CorruptData where its files cannot be the ones that were read."""
+        datasets: dict[str, Dataset] = {}
+        for stream in self.plan.streams:
+            if stream.name not in self.directories:
+                continue
+            store = LocalStore(Path(self.directories[stream.name]))
+            found = read_manifest(store).fingerprint
+            if found != stream.fingerprint:
+                raise CorruptData(
+                    f"{store.address}: is dataset {found[:12]}, but the run read {stream.fingerprint[:12]}; restore it, or "
+                    "name the place of that one"
+                )
+            config = self.config.model_copy(update={"sequence_tokens": stream.sequence_tokens})
+            datasets[stream.name] = open_dataset(store, config, "train")
+        return datasets
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive steps of one segment: from which position on, and how many."""
+
+    position: int
+    steps: int
+
+
+@dataclass
+class Reading:
+    """What a stretch of steps must have read."""
+
+    sizes: list[int]
+    folds: list[int]
+    """What each step's digest is chained from; 0 where it cannot be read."""
+    unreadable: dict[int, str] = field(default_factory=dict)
+    """Why a step cannot be read, by its number in the stretch."""
+    seen: dict[int, tuple[Integers, Integers]] = field(default_factory=dict)
+    """By the stream's number: ids, each once, and how often each was read."""
+
+
+class Auditor:
+    """Reads stretches of steps in one process."""
+
+    def __init__(self, data: AuditedData) -> None:
+        self._reader = Reader(data.open(), data.plan, data.start_position, data.stop_position)
+        self._steps = Steps(
+            data.plan,
+            self._reader.shard_samples,
+            rank=0,
+            world_size=1,
+            # A fold is a sum: in what parts a step was read makes no difference.
+            micro_samples=max(segment.global_samples for segment in data.plan.segments),
+            stop_position=data.stop_position,
+        )
+
+    def __call__(self, stretch: Stretch) -> Reading:
+        """Read the samples of these steps and hash them, decoding nothing."""
+        block = self._steps.block(stretch.position, stretch.steps)
+        assert len(block.step_samples) == stretch.steps, "a stretch lies in one segment"
+        reading = Reading(block.step_samples, [])
+        try:
+            words = self._words(block.samples)
+            reading.folds = np.add.reduceat(words, block.rows[:-1]).view(np.int64).tolist()
+        except CorruptData:
+            for step, (start, stop) in enumerate(zip(block.rows[:-1], block.rows[1:], strict=True)):
+                reading.folds.append(self._fold(block.samples.part(start, stop), step, reading.unreadable))
+        for stream in np.unique(block.samples.streams).tolist():
+            ids, counts = np.unique(block.samples.ids[block.samples.streams == stream], return_counts=True)
+            reading.seen[stream] = ids, counts
+        return reading
+
+    def _words(self, samples: Samples) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
+        hashes = self._reader.content_hashes(samples)
+        return mix_samples(samples.positions, samples.ids + (samples.streams << STREAM_SHIFT), hashes)
+
+    def _fold(self, samples: Samples, step: int, unreadable: dict[int, str]) -> int:
+        try:
+            return int(self._words(samples).sum(dtype=np.uint64).view(np.int64))
+        except CorruptData as error:
+            unreadable[step] = str(error)
+            return 0
+
+
+def stretches(plan: Plan, position: int, stop_position: int) -> Iterator[Stretch]:
+    """The steps from `position` to `stop_position`, where steps must begin, in jobs of some thousand samples."""
+    while position < stop_position:
+        samples = plan.segment_at(position).global_samples
+        end = plan.segment_end(position)
+        stop = stop_position if end is None else min(end, stop_position)
+        steps = min(max(1, _JOB_SAMPLES // samples), -(-(stop - position) // samples))
+        yield Stretch(position, steps)
+        position = min(position + steps * samples, stop)
+
+
+def position_after(plan: Plan, steps: int) -> int:
+    """Samples that the first `steps` steps of a plan consume, in constant time a segment."""
+    firsts = _first_steps(plan)
+    index = max(0, bisect_right(firsts, steps) - 1)
+    segment = plan.segments[index]
+    return segment.start_position + (steps - firsts[index]) * segment.global_samples
+
+
+def _first_steps(plan: Plan) -> list[int]:
+    """How many steps lie before each segment."""
+    firsts = [0]
+    for segment, following in zip(plan.segments, plan.segments[1:], strict=False):
+        firsts.append(firsts[-1] + -(-(following.start_position - segment.start_position) // segment.global_samples))
+    return firsts

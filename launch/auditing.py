@@ -1,0 +1,354 @@
+"""`lockstep data audit`: whether a run read what its plan says, proved from its log, its plan and the shards.
+
+The log holds a digest a step, chained over what went through forward. Here the same chain is made again from the plan and
+the shards, and both are compared. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data.audit import AuditedData, Auditor, Reading, position_after, stretches
+from data.digest import EMPTY_DIGEST, chain
+from data.errors import CorruptData
+from data.parallel import each
+from data.plan import Plan
+from data.samples import Dataset
+from distrib.manifest import BadCheckpoint, published_checkpoints, read_manifest
+from launch.config import RunConfig
+from launch.exit_codes import DO_NOT_RESTART, DONE, STOPPED_EARLY
+from launch.history import History, StepLine, history_of, read_attempts, read_lines
+from launch.places import dataset_directories
+from launch.planning import read_plan
+from launch.recipe import parse_recipe, parse_yaml
+from launch.run_directory import OUTCOME_FILE
+from launch.tables import Bar, format_table
+
+Counts = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a run says of itself, all of it read before any of it is judged."""
+
+    outcome: Mapping[str, Any] | None
+    """How its last attempt ended; None while one goes on, or where it was killed."""
+    checkpoints: Mapping[str, Mapping[str, Any]]
+    history: History
+    plan: Plan
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that does not agree, at the end of which step."""
+
+    step: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a run, as plan and shards have them: how many samples each reads, and what its digest is chained from."""
+
+    positions: list[int]
+    """Samples consumed after each step, after the one that the first of them follows."""
+    folds: list[int]
+    unreadable: dict[int, str]
+    """Why a step cannot be read, by its place in the list."""
+
+
+def audit_run(run_directory: Path, datasets: Sequence[str], workers: int) -> int:
+    """Prints a line for each attempt and the verdict. Returns an exit code; ValueError where there is nothing to audit."""
+    try:
+        told = read_told(run_directory)
+        print(describe_attempts(told.history))
+        verdict, proven = _judge(run_directory, told, datasets, workers)
+    except (CorruptData, BadCheckpoint) as error:
+        verdict, proven = f"not proven: {error}", False
+    print(verdict)
+    return DONE if proven else DO_NOT_RESTART
+
+
+def read_told(run_directory: Path) -> Told:
+    """Everything that a run's directory says, in an order in which a run that goes on meanwhile contradicts nothing."""
+    recipe = run_directory / "recipe.yaml"
+    if not recipe.is_file():
+        raise ValueError(
+            f"{run_directory}: not a run of Lockstep (no recipe.yaml); give a directory such as runs/NAME-0001"
+        )
+    # What a run writes later is read earlier: a checkpoint has its step's line, a line its plan, a plan its attempt.
+    outcome = _read_outcome(run_directory)
+    checkpoints = _read_checkpoints(run_directory)
+    lines = read_lines(run_directory)
+    plan = read_plan(run_directory)
+    attempts = read_attempts(run_directory)
+    config = parse_recipe(parse_yaml(recipe.read_text(), f"recipe {recipe}"), source=f"recipe {recipe}")
+    return Told(outcome, checkpoints, history_of(attempts, lines), plan, config)
+
+
+def _read_outcome(run_directory: Path) -> Mapping[str, Any] | None:
+    path = run_directory / OUTCOME_FILE
+    try:
+        outcome = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        outcome = None
+    if not isinstance(outcome, dict) or not all(type(outcome.get(k)) is int for k in ("exit_code", "step", "attempt")):
+        raise CorruptData(f"{path}: not what a run writes; restore the file")
+    return outcome
+
+
+def _read_checkpoints(run_directory: Path) -> dict[str, Mapping[str, Any]]:
+    manifests: dict[str, Mapping[str, Any]] = {}
+    for path in published_checkpoints(run_directory / "checkpoints"):
+        try:
+            manifests[path.name] = read_manifest(path)
+        except BadCheckpoint:
+            if path.exists():  # else the run has retired it meanwhile
+                raise
+    return manifests
+
+
+def _judge(run_directory: Path, told: Told, datasets: Sequence[str], workers: int) -> tuple[str, bool]:
+    """The verdict in a line, and whether it is that all is proven."""
+    history, plan = told.history, told.plan
+    if (fault := _foreign_plan(told)) is not None:
+        return f"not proven: {fault.text}", False
+    if not history.steps and history.flaw is None:
+        raise ValueError(f"{run_directory}: no step is in its log yet; train it further")
+    start_position = history.began.resumed_from_position or 0
+    if start_position != position_after(plan, history.began.went_back_to):
+        return "not proven: run.json: the run began at a position at which no step of plan.json ends", False
+    data = AuditedData(
+        plan,
+        dataset_directories(run_directory, history.attempts, plan, datasets),
+        told.config.data,
+        start_position,
+        position_after(plan, history.last_step),
+    )
+    opened = data.open()
+    begun = time.monotonic()
+    steps, counts = _read_again(data, opened, workers)
+    seconds = time.monotonic() - begun
+    phrases, faults = _how_often(data, opened, counts)
+    faults += [*_wrong_steps(told, steps), *_wrong_marks(told)]
+    if history.flaw is not None:
+        faults.append(Fault(history.last_step + 1, history.flaw))
+    if faults:
+        first = min(faults, key=lambda fault: fault.step)
+        return f"not proven: {first.text}", False
+    samples = data.stop_position - start_position
+    parts = [
+        f"proven: steps {history.began.went_back_to + 1} to {history.last_step} read {samples:,} samples as planned",
+        *phrases,
+        f"{samples / max(seconds, 1e-9):,.0f} samples/s",
+    ]
+    if history.began.resumed_from is not None:
+        parts.insert(1, f"from the digest of {history.began.resumed_from} on, which it began from")
+    if told.outcome is None:
+        parts.insert(1, "so far: its last attempt goes on, or was killed")
+    return "; ".join(parts), True
+
+
+def _foreign_plan(told: Told) -> Fault | None:
+    """What is wrong where the plan is not the one that the attempts of the counting steps put on record."""
+    attempts = told.history.attempts
+    of_plan = max((attempt.attempt for attempt in attempts if attempt.plan == told.plan.hash), default=0)
+    last = max((line.attempt for line in told.history.steps), default=0)
+    if of_plan < max(last, 1):
+        return Fault(0, f"plan.json is not the plan that attempt {max(last, 1)} put on record in run.json")
+    return None
+
+
+def _read_again(data: AuditedData, opened: Mapping[str, Dataset], workers: int) -> tuple[Steps, dict[int, Counts]]:
+    """What each step must have read, and how often each sample (samples,) of each of the plan's streams was read by them."""
+    steps = Steps([data.start_position], [], {})
+    counts = {
+        number: np.zeros(opened[stream.name].samples, dtype=np.uint32)
+        for number, stream in enumerate(data.plan.streams)
+        if stream.name in opened
+    }
+    jobs = list(stretches(data.plan, data.start_position, data.stop_position))
+    with Bar("reading again", data.stop_position - data.start_position) as bar:
+        for reading in each(Auditor, data, jobs, workers=max(1, min(workers, len(jobs)))):
+            _take(steps, reading)
+            for stream, (ids, times) in reading.seen.items():
+                counts[stream][ids] += times.astype(np.uint32)
+            bar.advance(sum(reading.sizes))
+    return steps, counts
+
+
+def _take(steps: Steps, reading: Reading) -> None:
+    for number, reason in reading.unreadable.items():
+        steps.unreadable[len(steps.folds) + number] = reason
+    for size in reading.sizes:
+        steps.positions.append(steps.positions[-1] + size)
+    steps.folds.extend(reading.folds)
+
+
+def _wrong_steps(told: Told, steps: Steps) -> list[Fault]:
+    """The first line that does not say what its step must have read."""
+    history = told.history
+    true = history.began.resumed_from_digest or EMPTY_DIGEST
+    previous: StepLine | None = None
+    for number, line in enumerate(history.steps):
+        where = f"step {line.step} ({line.place})"
+        if number in steps.unreadable:
+            return [Fault(line.step, f"{where}: what it read cannot be read again: {steps.unreadable[number]}")]
+        true = chain(true, steps.folds[number])
+        if line.samples != steps.positions[number + 1]:
+            return [Fault(line.step, f"{where}: says {line.samples} samples, the plan {steps.positions[number + 1]}")]
+        if line.digest != true:
+            return [
+                Fault(
+                    line.step,
+                    f"{where}: expected digest {true}, found {line.digest}; {_why(history, steps, number, true)}",
+                )
+            ]
+        if (wrong := _wrong_tokens(told, previous, line, steps.positions[number + 1])) is not None:
+            return [Fault(line.step, f"{where}: {wrong}")]
+        previous = line
+    return []
+
+
+def _why(history: History, steps: Steps, number: int, true: str) -> str:
+    """What the line after a wrong digest tells of it."""
+    if number + 1 == len(history.steps):
+        return "no line follows it"
+    found, following = history.steps[number].digest, history.steps[number + 1].digest
+    if following == chain(true, steps.folds[number + 1]):
+        return "the next line goes on from the expected one: this line was altered"
+    if _is_digest(found) and following == chain(found, steps.folds[number + 1]):
+        return "the next line goes on from the one found: the step read something else, or all lines from here on were altered"
+    return "the next line goes on from neither: other samples or other bytes were read, or the lines are of another run"
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and len(value) == len(EMPTY_DIGEST) and set(value) <= set("0123456789abcdef")
+
+
+def _wrong_tokens(told: Told, previous: StepLine | None, line: StepLine, position: int) -> str | None:
+    """Why a line's count of tokens cannot be, as far as data and task alone decide it."""
+    segment = told.plan.segment_at(position - 1)
+    lengths = {stream.sequence_tokens for stream in segment.streams}
+    (sequence_tokens,) = lengths if len(lengths) == 1 else (None,)
+    if sequence_tokens is None:
+        return None if line.tokens is None else f"says {line.tokens} tokens, of images"
+    if type(line.tokens) is not int:
+        return f"says {line.tokens!r} tokens"
+    before = previous.tokens if previous is not None else 0 if told.history.began.resumed_from is None else None
+    if told.config.task.kind != "language_modelling" or before is None:
+        return None
+    start = previous.samples if previous is not None else 0
+    expected = before + (line.samples - start) * sequence_tokens
+    return None if line.tokens == expected else f"says {line.tokens} tokens, its samples have {expected}"
+
+
+def _wrong_marks(told: Told) -> list[Fault]:
+    """Checkpoints, resumed attempts and the outcome that do not agree with the lines."""
+    history = told.history
+    by_step = {line.step: line for line in history.steps}
+    others = {(line.step, line.digest, line.samples) for line in history.superseded}
+    faults = []
+    for attempt, following in pairwise(history.attempts):
+        line = by_step.get(following.went_back_to)
+        if line is not None and line.attempt <= attempt.attempt and following.resumed_from_digest != line.digest:
+            began = f"attempt {following.attempt} began from digest {following.resumed_from_digest}"
+            faults.append(Fault(line.step, f"step {line.step}: {began}, but {line.place} has {line.digest}"))
+    for name, manifest in told.checkpoints.items():
+        found = manifest.get("step"), manifest.get("digest"), manifest.get("position")
+        line = by_step.get(manifest["step"])
+        if line is not None and (line.step, line.digest, line.samples) == found:
+            if (wrong := _wrong_checkpoint(told, line, manifest)) is not None:
+                faults.append(Fault(line.step, f"checkpoint {name}: {wrong}"))
+        elif found not in others and not (history.flaw and line is None):
+            text = "no line" if line is None else f"{line.place} has {line.digest} at {line.samples}"
+            faults.append(
+                Fault(manifest["step"], f"checkpoint {name} has digest {found[1]} at position {found[2]}, but {text}")
+            )
+    outcome, ended = told.outcome, (len(history.attempts), history.last_step)
+    if outcome is not None and outcome["exit_code"] in (DONE, STOPPED_EARLY) and history.flaw is None:
+        said = (outcome["attempt"], outcome["step"])
+        if said != ended:
+            text = f"says that attempt {said[0]} ended after step {said[1]}; the log ends with step {ended[1]} of {ended[0]}"
+            faults.append(Fault(history.last_step + 1, f"{OUTCOME_FILE}: {text}"))
+    return faults
+
+
+def _wrong_checkpoint(told: Told, line: StepLine, manifest: Mapping[str, Any]) -> str | None:
+    """Why a checkpoint whose digest is that of the line was yet not saved by the line's attempt."""
+    attempt = told.history.attempts[line.attempt - 1]
+    if (manifest.get("world"), manifest.get("engine")) != (attempt.world_size, attempt.engine):
+        return (
+            f"saved by {manifest.get('world')} workers of {manifest.get('engine')}, but attempt {attempt.attempt} had "
+            f"{attempt.world_size} of {attempt.engine}"
+        )
+    segments = told.plan.segments
+    if manifest.get("plan") not in {Plan.of(segments[:count]).hash for count in range(1, len(segments) + 1)}:
+        return "was trained by another plan than plan.json"
+    return None
+
+
+def _how_often(
+    data: AuditedData, opened: Mapping[str, Dataset], counts: Mapping[int, Counts]
+) -> tuple[list[str], list[Fault]]:
+    """How often the samples of each stream were read, a phrase each; and a fault where that is not what epochs are."""
+    before, after = data.plan.consumed(data.start_position), data.plan.consumed(data.stop_position)
+    phrases, faults = [], []
+    for number, times in counts.items():
+        stream = data.plan.streams[number]
+        samples, named = opened[stream.name].samples, f"stream {stream.name}: " if stream.name else ""
+        low, high = int(times.min()), int(times.max())
+        # Of the epoch that was under way at the start its end was read, then whole ones, then the beginning of one.
+        tail = -before[number] % samples
+        epochs, more = divmod(max(0, after[number] - before[number] - tail), samples)
+        right = int(times.sum(dtype=np.int64)) == after[number] - before[number] and low >= epochs
+        if before[number] == 0:
+            right = (
+                right and int((times == epochs + 1).sum()) == more and int((times == epochs).sum()) == samples - more
+            )
+        else:
+            right = right and high <= epochs + 2
+        if not right:
+            text = (
+                f"{named}samples were read {low} to {high} times, which is not what whole epochs and a part of one give"
+            )
+            faults.append(Fault(0, text))
+        phrases.append(f"{named}{samples:,} samples, {_times(low, high)}")
+    return phrases, faults
+
+
+def _times(low: int, high: int) -> str:
+    if high == low:
+        return f"each read {'once' if low == 1 else f'{low} times'}"
+    return f"each read {low}{' or' if high == low + 1 else ' to'} {high} times"
+
+
+def describe_attempts(history: History) -> str:
+    """A table of the attempts, and which of the steps that count were each one's."""
+    rows = [("attempt", "steps", "repeated later", "world", "engine", "began after")]
+    for attempt in history.attempts:
+        own = [line.step for line in history.steps if line.attempt == attempt.attempt]
+        repeated = sum(line.attempt == attempt.attempt for line in history.superseded)
+        rows.append(
+            (
+                str(attempt.attempt),
+                f"{own[0]} to {own[-1]}" if own else "none",
+                str(repeated),
+                str(attempt.world_size),
+                attempt.engine,
+                "-" if attempt.resumed_from is None else f"step {attempt.resumed_from_step}",
+            )
+        )
+    return format_table(rows)
