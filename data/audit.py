@@ -35,22 +35,26 @@ class AuditedData:
     start_position: int
     stop_position: int
 
-    def open(self) -> dict[str, Dataset]:
-        """The training split of each stream that is there. CorruptData where its files cannot be the ones that were read."""
-        datasets: dict[str, Dataset] = {}
-        for stream in self.plan.streams:
-            if stream.name not in self.directories:
-                continue
-            store = LocalStore(Path(self.directories[stream.name]))
-            found = read_manifest(store).fingerprint
-            if found != stream.fingerprint:
-                raise CorruptData(
-                    f"{store.address}: is dataset {found[:12]}, but the run read {stream.fingerprint[:12]}; restore it, or "
-                    "name the place of that one"
-                )
-            config = self.config.model_copy(update={"sequence_tokens": stream.sequence_tokens})
-            datasets[stream.name] = open_dataset(store, config, "train")
-        return datasets
+
+def open_audited(plan: Plan, directories: Mapping[str, str], config: DataConfig) -> dict[str, Dataset]:
+    """The training split of each stream of a plan that has a directory; `config` says what the plan does not.
+
+    CorruptData where the files cannot be the ones that the plan was made with.
+    """
+    datasets: dict[str, Dataset] = {}
+    for stream in plan.streams:
+        if stream.name not in directories:
+            continue
+        store = LocalStore(Path(directories[stream.name]))
+        found = read_manifest(store).fingerprint
+        if found != stream.fingerprint:
+            raise CorruptData(
+                f"{store.address}: is dataset {found[:12]}, but the run read {stream.fingerprint[:12]}; restore it, or "
+                "name the place of that one"
+            )
+        stream_config = config.model_copy(update={"sequence_tokens": stream.sequence_tokens})
+        datasets[stream.name] = open_dataset(store, stream_config, "train")
+    return datasets
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ class Auditor:
     """Reads stretches of steps in one process."""
 
     def __init__(self, data: AuditedData) -> None:
-        self._reader = Reader(data.open(), data.plan, data.start_position, data.stop_position)
+        self._reader = Reader(
+            open_audited(data.plan, data.directories, data.config), data.plan, data.start_position, data.stop_position
+        )
         self._steps = Steps(
             data.plan,
             self._reader.shard_samples,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data.audit import AuditedData, Auditor, Reading, position_after, stretches
+from data.audit import AuditedData, Auditor, Reading, open_audited, position_after, stretches
 from data.digest import EMPTY_DIGEST, chain
 from data.errors import CorruptData
 from data.parallel import each
@@ -137,7 +137,7 @@ def _judge(run_directory: Path, told: Told, datasets: Sequence[str], workers: in
         start_position,
         position_after(plan, history.last_step),
     )
-    opened = data.open()
+    opened = open_audited(plan, data.directories, data.config)
     begun = time.monotonic()
     steps, counts = _read_again(data, opened, workers)
     seconds = time.monotonic() - begun

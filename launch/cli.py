@@ -141,6 +141,25 @@ def _add_data_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
     merge.add_argument("directory", type=Path, metavar="DIR", help="the dataset's directory, as it was given by --out")
     merge.add_argument("--workers", type=int, metavar="N", help="worker processes (default: one for each core)")
     merge.set_defaults(run=_merge)
+    info = actions.add_parser("info", allow_abbrev=False, help="what a dataset is made of, and some of it decoded")
+    info.add_argument("directory", type=Path, metavar="DATASET")
+    info.add_argument("--split", metavar="NAME", help="only this split (default: all)")
+    info.add_argument("--examples", type=int, default=3, metavar="N", help="so many of each split (default 3)")
+    info.set_defaults(run=_data_info)
+    verify = actions.add_parser(
+        "verify", allow_abbrev=False, help="read every byte; exit code 78 where one is not as it was prepared"
+    )
+    verify.add_argument("directory", type=Path, metavar="DATASET")
+    _add_workers(verify)
+    verify.set_defaults(run=_verify_data)
+    order = actions.add_parser("order", allow_abbrev=False, help="what a step reads, computed without running anything")
+    order.add_argument("target", metavar="RECIPE|RUN", help="a run's directory, or a recipe whose data is prepared")
+    order.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace keys of the recipe")
+    order.add_argument("--step", type=int, required=True, metavar="K", help="the first is 1")
+    order.add_argument("--world", type=int, metavar="N", help="as N workers read it: by rank and micro-batch")
+    order.add_argument("--micro-samples", type=int, metavar="M", help="default: the recipe's batch.micro_samples")
+    order.add_argument("--decode", action="store_true", help="show what each sample holds")
+    order.set_defaults(run=_order)
     audit = actions.add_parser(
         "audit",
         allow_abbrev=False,
@@ -281,6 +300,34 @@ def _generate(arguments: argparse.Namespace) -> int:
         )
     )
     return 0
+
+
+def _data_info(arguments: argparse.Namespace) -> int:
+    if arguments.examples < 0:
+        raise ValueError(f"--examples {arguments.examples}: must be at least 0")
+    from launch.data_commands import show_info
+
+    return show_info(arguments.directory, arguments.split, arguments.examples)
+
+
+def _verify_data(arguments: argparse.Namespace) -> int:
+    workers = _workers_of(arguments)
+    from launch.data_commands import verify_dataset
+
+    return verify_dataset(arguments.directory, workers)
+
+
+def _order(arguments: argparse.Namespace) -> int:
+    from launch.data_order import show_order
+
+    return show_order(
+        arguments.target,
+        arguments.overrides,
+        step=arguments.step,
+        world=arguments.world,
+        micro_samples=arguments.micro_samples,
+        decode=arguments.decode,
+    )
 
 
 def _audit(arguments: argparse.Namespace) -> int:

@@ -44,6 +44,14 @@ class Bar:
         if self._bar is not None:
             self._bar.stop()
 
+    def say(self, text: str) -> None:
+        """A line on stdout, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.stop()
+        print(text, flush=True)
+        if self._bar is not None:
+            self._bar.start()
+
     def advance(self, amount: int) -> None:
         """So much more is done."""
         if self._bar is not None:

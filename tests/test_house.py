@@ -22,8 +22,11 @@ MAY_IMPORT = {
     "data": {"data"},
 }
 WITHOUT_TORCH = (
+    "launch.auditing",
     "launch.cli",
     "launch.config",
+    "launch.data_commands",
+    "launch.data_order",
     "launch.recipe",
     "launch.resume",
     "launch.run_directory",

@@ -1,0 +1,81 @@
+"""`lockstep data info|verify`: what lies in a prepared dataset, and whether it is as it was prepared. Imports no torch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from data.examples import Examples, shorten
+from data.manifest import Manifest
+from data.parallel import each
+from data.store import LocalStore, read_manifest
+from data.verification import Verifier, items_of, unlisted_files
+from launch.exit_codes import DO_NOT_RESTART, DONE
+from launch.tables import Bar, format_table
+
+
+def show_info(directory: Path, split: str | None, examples: int) -> int:
+    """Prints what a dataset is made of, and some of it decoded. Returns an exit code."""
+    store = LocalStore(directory)
+    manifest = read_manifest(store)
+    shown = list(manifest.splits) if split is None else [name for name in manifest.splits if name == split]
+    if not shown:
+        raise ValueError(f"--split {split}: {directory} has no such split, only {', '.join(manifest.splits)}")
+    width = shutil.get_terminal_size().columns
+    print("\n".join(_facts(manifest, width)))
+    print(format_table([("split", "documents", "tokens", "bytes", "shards"), *(_counts(manifest, n) for n in shown)]))
+    for name in shown if examples else ():
+        found = Examples(store, manifest, name)
+        print()
+        for number in found.spread(examples):
+            title = f"{name} {number:,}: "
+            print(title + found.describe(number, width - len(title)))
+    return DONE
+
+
+def _facts(manifest: Manifest, width: int) -> list[str]:
+    source = f"{manifest.source.address}: {manifest.source.description}"
+    lines = [
+        f"kind         {manifest.kind}" + (f", {manifest.dtype}" if manifest.dtype else ""),
+        f"fingerprint  {manifest.fingerprint}",
+        f"source       {shorten(source, width - 13)}",
+    ]
+    if manifest.tokenizer is not None:
+        tokenizer = manifest.tokenizer
+        ends = f"{tokenizer.end_of_document} ends a document"
+        lines.append(f"tokenizer    {tokenizer.spec}: {tokenizer.vocabulary_size:,} tokens, {ends}")
+    if manifest.images is not None:
+        images = manifest.images
+        size = f"{images.width_pixels} x {images.height_pixels} pixels" if images.width_pixels else "of several sizes"
+        kind = {1: "grey", 3: "colour", None: "grey and colour"}[images.channels]
+        lines.append(f"images       {kind}, {size}")
+        names = ", ".join(images.class_names)
+        lines.append(f"classes      {shorten(f'{len(images.class_names)}: {names}', width - 13)}")
+    return lines
+
+
+def _counts(manifest: Manifest, name: str) -> tuple[str, ...]:
+    split = next(entry for split, entry in manifest.splits.items() if split == name)
+    size = sum(file.bytes for shard in split.shards for file in shard.files())
+    tokens = "-" if split.tokens is None else f"{split.tokens:,}"
+    return name, f"{split.documents:,}", tokens, f"{size:,}", str(len(split.shards))
+
+
+def verify_dataset(directory: Path, workers: int) -> int:
+    """Reads every byte of a dataset and prints every problem, then a line of sum. Returns an exit code."""
+    manifest = read_manifest(LocalStore(directory))
+    items = list(items_of(manifest))
+    total = sum(item.bytes for item in items)
+    problems = 0
+    with Bar("verifying", total, of_bytes=True) as bar:
+        for found in each(Verifier, str(directory), items, workers=min(workers, len(items))):
+            for problem in found.problems:
+                bar.say(f"BAD: {problem}")
+                problems += 1
+            bar.advance(found.item.bytes)
+    for name in unlisted_files(directory, manifest):
+        print(f"not listed: {directory / name} is not of the dataset; nothing reads it")
+    files = len(list(manifest.files()))
+    state = "good" if not problems else f"BAD: {problems} problem{'s' if problems > 1 else ''}"
+    print(f"{directory}: {state}; {files} files, {total:,} bytes, fingerprint {manifest.fingerprint}")
+    return DO_NOT_RESTART if problems else DONE
