@@ -3,40 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from data.plan import Plan
 from launch.tracking.metrics_file import read_metrics
-from tests.end_to_end.runs import WarmProcess, digests, lockstep, losses, write_corpus, write_recipe
-
-
-@pytest.fixture(scope="module")
-def mixture(recipe_values: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two streams, 3 to 1, in the windowed order, over shards of a few documents; no dropout."""
-    root = tmp_path_factory.mktemp("mixture")
-    streams = {
-        name: {
-            "source": f"text:{write_corpus(root / name, documents=40, seed=seed)}",
-            "directory": str(root / f"prepared-{name}"),
-            "weight": weight,
-        }
-        for name, seed, weight in (("web", 1, 3), ("code", 2, 1))
-    }
-    values = recipe_values(
-        run={"steps": 12},
-        model={"dropout": 0.0},
-        data={"order": "windowed", "lanes": 3, "window_shards": 2, "shard_bytes": 6000},
-        batch={"global_samples": 8},
-        checkpoint={"every_steps": 6},
-        evaluation={"samples": 8, "every_steps": 6},
-    )
-    del values["data"]["source"], values["data"]["directory"]
-    values["data"]["streams"] = streams
-    return write_recipe(root / "mixture.yaml", values)
+from tests.end_to_end.runs import WarmProcess, digests, lockstep, losses
 
 
 @pytest.fixture(scope="module")

@@ -116,6 +116,23 @@ class Poisoned(Plain):
         return logits * float("nan") if self.training and self.forwards > 5 else logits
 
 
+class AltersItsData(Plain):
+    """At its second training forward, changes every other letter of the shard that SHARD names, which nobody checks again."""
+
+    forwards = 0
+
+    def forward(self, tokens):
+        self.forwards += self.training and not tokens.is_meta
+        if self.forwards == 2:
+            path = Path(os.environ["SHARD"])
+            content = bytearray(path.read_bytes())
+            for at in range(0, len(content), 2):
+                content[at] ^= content[at + 1] == 0  # a letter stays a letter: a token is two bytes, the lower one first
+            with path.open("r+b") as file:
+                file.write(content)
+        return super().forward(tokens)
+
+
 def build(shape, width=16):
     return Plain(shape.vocabulary_size, width)
 
@@ -146,6 +163,10 @@ def build_slow(shape):
 
 def build_poisoned(shape):
     return Poisoned(shape.vocabulary_size, 16)
+
+
+def build_alters_its_data(shape):
+    return AltersItsData(shape.vocabulary_size, 16)
 
 
 def build_broken(shape):
