@@ -17,11 +17,12 @@ from data.errors import CorruptData
 from data.plan import Plan
 from data.reading import Reader
 from data.samples import Dataset
-from data.steps import Integers, Samples, Steps
+from data.steps import Integers, StepBlock, Steps
 from data.store import LocalStore, read_manifest
 
-# Samples of a job: enough that a process is seldom idle, and few enough that progress is seen.
+# A job: enough that a process is seldom idle, and little enough that progress is seen and memory is not.
 _JOB_SAMPLES = 16384
+_JOB_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,16 @@ def open_audited(plan: Plan, directories: Mapping[str, str], config: DataConfig)
                 f"{store.address}: is dataset {found[:12]}, but the run read {stream.fingerprint[:12]}; restore it, or "
                 "name the place of that one"
             )
-        stream_config = config.model_copy(update={"sequence_tokens": stream.sequence_tokens})
-        datasets[stream.name] = open_dataset(store, stream_config, "train")
+        of_plan = {
+            "sequence_tokens": stream.sequence_tokens,
+            "packing": "concatenate" if stream.packing is None else "best_fit",
+        }
+        dataset = datasets[stream.name] = open_dataset(store, config.model_copy(update=of_plan), "train")
+        if dataset.packing_identity != stream.packing:
+            raise CorruptData(
+                f"{store.address}: documents are packed as {dataset.packing_identity}, but the run read {stream.packing}; "
+                "restore the packing-* files of the run"
+            )
     return datasets
 
 
@@ -72,6 +81,8 @@ class Reading:
     sizes: list[int]
     folds: list[int]
     """What each step's digest is chained from; 0 where it cannot be read."""
+    targets: list[int] = field(default_factory=list)
+    """Tokens that each step is to predict; 0 of images."""
     unreadable: dict[int, str] = field(default_factory=dict)
     """Why a step cannot be read, by its number in the stretch."""
     seen: dict[int, tuple[Integers, Integers]] = field(default_factory=dict)
@@ -85,6 +96,9 @@ class Auditor:
         self._reader = Reader(
             open_audited(data.plan, data.directories, data.config), data.plan, data.start_position, data.stop_position
         )
+        # Where documents are packed or kept apart, not every token is a target: the samples say which are.
+        self._masked = data.config.separate_documents or any(stream.packing for stream in data.plan.streams)
+        self._sequence_tokens = np.array([stream.sequence_tokens or 0 for stream in data.plan.streams])
         self._steps = Steps(
             data.plan,
             self._reader.shard_samples,
@@ -96,40 +110,48 @@ class Auditor:
         )
 
     def __call__(self, stretch: Stretch) -> Reading:
-        """Read the samples of these steps and hash them, decoding nothing."""
+        """Read the samples of these steps and hash them; no image is decoded."""
         block = self._steps.block(stretch.position, stretch.steps)
         assert len(block.step_samples) == stretch.steps, "a stretch lies in one segment"
         reading = Reading(block.step_samples, [])
         try:
-            words = self._words(block.samples)
-            reading.folds = np.add.reduceat(words, block.rows[:-1]).view(np.int64).tolist()
+            self._read(block, 0, stretch.steps, reading)
         except CorruptData:
-            for step, (start, stop) in enumerate(zip(block.rows[:-1], block.rows[1:], strict=True)):
-                reading.folds.append(self._fold(block.samples.part(start, stop), step, reading.unreadable))
+            for step in range(stretch.steps):
+                try:
+                    self._read(block, step, step + 1, reading)
+                except CorruptData as error:
+                    reading.unreadable[step] = str(error)
+                    reading.folds.append(0)
+                    reading.targets.append(0)
         for stream in np.unique(block.samples.streams).tolist():
             ids, counts = np.unique(block.samples.ids[block.samples.streams == stream], return_counts=True)
             reading.seen[stream] = ids, counts
         return reading
 
-    def _words(self, samples: Samples) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
-        hashes = self._reader.content_hashes(samples)
-        return mix_samples(samples.positions, samples.ids + (samples.streams << STREAM_SHIFT), hashes)
+    def _read(self, block: StepBlock, start: int, stop: int, reading: Reading) -> None:
+        """Add steps [start, stop) of a block to what was read; CorruptData, and nothing added, where one cannot be."""
+        samples = block.samples.part(block.rows[start], block.rows[stop])
+        if self._masked:
+            fields, hashes = self._reader.read(block, start, stop)
+            targets = fields["loss_mask"].sum(axis=1)
+        else:
+            hashes = self._reader.content_hashes(samples)
+            targets = self._sequence_tokens[samples.streams]
+        words = mix_samples(samples.positions, samples.ids + (samples.streams << STREAM_SHIFT), hashes)
+        firsts = np.array(block.rows[start:stop]) - block.rows[start]
+        reading.folds += np.add.reduceat(words, firsts).view(np.int64).tolist()
+        reading.targets += np.add.reduceat(targets, firsts).tolist()
 
-    def _fold(self, samples: Samples, step: int, unreadable: dict[int, str]) -> int:
-        try:
-            return int(self._words(samples).sum(dtype=np.uint64).view(np.int64))
-        except CorruptData as error:
-            unreadable[step] = str(error)
-            return 0
 
-
-def stretches(plan: Plan, position: int, stop_position: int) -> Iterator[Stretch]:
+def stretches(plan: Plan, position: int, stop_position: int, sample_bytes: int = 1) -> Iterator[Stretch]:
     """The steps from `position` to `stop_position`, where steps must begin, in jobs of some thousand samples."""
+    job_samples = min(_JOB_SAMPLES, _JOB_BYTES // sample_bytes)
     while position < stop_position:
         samples = plan.segment_at(position).global_samples
         end = plan.segment_end(position)
         stop = stop_position if end is None else min(end, stop_position)
-        steps = min(max(1, _JOB_SAMPLES // samples), -(-(stop - position) // samples))
+        steps = min(max(1, job_samples // samples), -(-(stop - position) // samples))
         yield Stretch(position, steps)
         position = min(position + steps * samples, stop)
 

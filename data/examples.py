@@ -65,10 +65,11 @@ class Examples:
         assert self._manifest.images is not None
         shard = self._shards.get(number)
         if shard is None:
-            shard = self._shards[number] = ImageShard(self._store, self._entries[number])
+            shard = self._shards[number] = ImageShard(
+                self._store, self._entries[number], len(self._manifest.images.class_names)
+            )
         encoded, label = shard.read(row)
-        names = self._manifest.images.class_names
-        name = names[label] if 0 <= label < len(names) else "no class of the dataset"
+        name = self._manifest.images.class_names[label]
         try:
             with Image.open(io.BytesIO(encoded)) as image:
                 kind = f"{image.format} of {image.width} x {image.height} pixels, {image.mode}"

@@ -33,7 +33,7 @@ class ImageDataset:
         self._shards = OpenShards(
             store,
             [[*entry.files()] for entry in self._entries],
-            lambda number: ImageShard(store, self._entries[number]),
+            lambda number: ImageShard(store, self._entries[number], len(manifest.images.class_names)),
         )
         self._ends = np.cumsum([entry.documents for entry in self._entries], dtype=np.int64)
         self.shard_samples = np.diff(self._ends, prepend=0)

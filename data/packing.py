@@ -28,7 +28,7 @@ from data.store import LocalStore, Store, read_manifest
 FORMAT_VERSION: Literal[1] = 1
 # Raised when the same documents would be packed in another way: it is part of the packing's identity.
 ALGORITHM: Literal["best_fit-1"] = "best_fit-1"
-_LOCK_NAME = ".packing.lock"
+LOCK_NAME = ".packing.lock"
 
 Integers = npt.NDArray[np.int64]
 
@@ -169,7 +169,7 @@ def ensure_packing(store: Store, config: DataConfig, tell: Callable[[str], None]
     if not isinstance(store, LocalStore):
         raise ValueError(f"{missing}, because it is no directory of this machine; {hint}")
     try:
-        with _locked(store.directory / _LOCK_NAME):
+        with _locked(store.directory / LOCK_NAME):
             if store.read(name) is None:  # another process may have made it while this one waited
                 tell(f"packing documents into sequences of {config.sequence_tokens} tokens, once")
                 _build(store, manifest, config.sequence_tokens)

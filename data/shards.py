@@ -4,9 +4,12 @@ Tokens lie in a headerless little-endian `.bin`, cut at document ends, with the 
 Images lie in an Arrow IPC file (`image: binary`, `label: int64`) that holds the bytes as the source encoded them.
 """
 
+import contextlib
 import hashlib
 import mmap
 import os
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ IMAGE_SCHEMA = pa.schema(
     [pa.field("image", pa.binary(), nullable=False), pa.field("label", pa.int64(), nullable=False)]
 )
 ROWS_PER_BATCH = 256
+# `MessageHeader.RecordBatch` in Arrow's Message.fbs.
+_RECORD_BATCH = 3
 
 
 class HashingFile:
@@ -331,21 +336,21 @@ def read_document_ends(store: Store, entry: ShardEntry) -> npt.NDArray[np.int64]
 
 
 class ImageShard:
-    """One image shard. Arrow parses nothing that has not been checked before."""
+    """One image shard, with labels of so many classes. Arrow parses nothing that has not been checked before."""
 
-    def __init__(self, store: Store, entry: ShardEntry) -> None:
+    def __init__(self, store: Store, entry: ShardEntry, classes: int) -> None:
         assert entry.batch_offsets is not None
         self.rows = entry.documents
+        self._classes = classes
         self._offsets = entry.batch_offsets
         self._file = CheckedFile(store, entry.data)
         self._file.check(0, self._offsets[0])
         self._file.check(self._offsets[-1], entry.data.bytes)
         self._buffer = pa.py_buffer(self._file.map)
-        try:
-            self._reader = pa.ipc.open_file(self._buffer)
-        except pa.ArrowInvalid as error:
-            raise CorruptData(f"{self._file.path}: not an Arrow file ({_one_line(error)}); {RESTORE}") from None
-        if self._reader.schema != IMAGE_SCHEMA or self._reader.num_record_batches != len(self._offsets) - 1:
+        with self._arrow_errors("an Arrow file"):
+            reader = pa.ipc.open_file(self._buffer)
+            batches = reader.num_record_batches
+        if reader.schema != IMAGE_SCHEMA or not batches == len(self._offsets) - 1 == -(-self.rows // ROWS_PER_BATCH):
             raise CorruptData(f"{self._file.path}: not the columns and batches of an image shard; {RESTORE}")
         self._batches: dict[int, tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], memoryview, int]] = {}
 
@@ -360,27 +365,72 @@ class ImageShard:
     def _open_batch(self, number: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], memoryview, int]:
         """Check and parse a batch's header, offsets and labels; the images are checked as they are read."""
         start, stop = self._offsets[number], self._offsets[number + 1]
-        self._file.check(start, min(start + 8, stop))
-        # Arrow's encapsulated message: a continuation marker, the length of the header (int32 each), the header.
-        header_bytes = int.from_bytes(self._buffer[start + 4 : start + 8].to_pybytes(), "little")
-        self._file.check(start, min(start + 8 + header_bytes, stop))
-        batch = self._reader.get_batch(number)
+        batch = self._parse_batch(number, start, stop)
         rows = min(ROWS_PER_BATCH, self.rows - number * ROWS_PER_BATCH)
         _, ends_buffer, data_buffer = batch.column(0).buffers()
-        labels_buffer = batch.column(1).buffers()[1]
-        places = [buffer.address - self._buffer.address for buffer in (ends_buffer, labels_buffer, data_buffer)]
+        buffers = (ends_buffer, batch.column(1).buffers()[1], data_buffer)
+        if batch.num_rows != rows or any(buffer is None for buffer in buffers):
+            raise CorruptData(f"{self._file.path}: record batch {number} is not laid out as prepared; {RESTORE}")
+        places = [buffer.address - self._buffer.address for buffer in buffers]
         sizes = [(rows + 1) * 4, rows * 8, data_buffer.size]
         inside = all(start <= at and at + size <= stop for at, size in zip(places, sizes, strict=True))
-        if batch.num_rows != rows or not inside or ends_buffer.size < sizes[0] or labels_buffer.size < sizes[1]:
+        if not inside or any(buffer.size < size for buffer, size in zip(buffers, sizes, strict=True)):
             raise CorruptData(f"{self._file.path}: record batch {number} is not laid out as prepared; {RESTORE}")
         for place, size in zip(places[:2], sizes[:2], strict=True):
             self._file.check(place, place + size)
         ends = np.frombuffer(ends_buffer, dtype="<i4", count=rows + 1)
         if ends[0] != 0 or (ends[1:] < ends[:-1]).any() or ends[-1] > data_buffer.size:
             raise CorruptData(f"{self._file.path}: record batch {number} has impossible offsets; {RESTORE}")
-        labels = np.frombuffer(labels_buffer, dtype="<i8", count=rows)
+        labels = np.frombuffer(buffers[1], dtype="<i8", count=rows)
+        if labels.min() < 0 or labels.max() >= self._classes:
+            raise CorruptData(
+                f"{self._file.path}: record batch {number} has a label that is none of {self._classes} classes; {RESTORE}"
+            )
         self._batches[number] = (ends, labels, memoryview(data_buffer), places[2])
         return self._batches[number]
+
+    def _parse_batch(self, number: int, start: int, stop: int) -> pa.RecordBatch:
+        """The record batch in bytes [start, stop), wherever the file's footer says that it lies; nothing is copied."""
+        self._file.check(start, min(start + 8, stop))
+        # Arrow's encapsulated message: a continuation marker, the length of the header (int32 each), the header.
+        header_bytes = int.from_bytes(self._buffer[start + 4 : min(start + 8, stop)].to_pybytes(), "little")
+        self._file.check(start, min(start + 8 + header_bytes, stop))
+        with self._arrow_errors(f"in record batch {number} a part of an Arrow file"):
+            message = pa.ipc.read_message(pa.BufferReader(self._buffer[start:stop]))
+            if _is_compressed(message.metadata.to_pybytes()):
+                raise pa.ArrowInvalid("compressed, so that its size is only claimed")
+            return pa.ipc.read_record_batch(message, IMAGE_SCHEMA)
+
+    @contextlib.contextmanager
+    def _arrow_errors(self, what: str) -> Iterator[None]:
+        """Whatever Arrow finds wrong is an error of what is stored."""
+        try:
+            yield
+        except (pa.ArrowException, OSError, EOFError) as error:
+            raise CorruptData(f"{self._file.path}: not {what} ({_one_line(error)}); {RESTORE}") from None
+
+
+def _is_compressed(header: bytes) -> bool:
+    """Whether the header of an Arrow message, a flatbuffer, is that of anything but an uncompressed record batch.
+
+    Arrow allocates as much as a compressed buffer claims to hold before it looks at it. Fields by their number in Arrow's
+    Message.fbs: `Message.header_type` 1, `Message.header` 2; `RecordBatch.compression` 3.
+    """
+
+    def field(table: int, number: int) -> int | None:
+        vtable = table - int(struct.unpack_from("<i", header, table)[0])
+        size = int(struct.unpack_from("<H", header, vtable)[0])
+        offset = int(struct.unpack_from("<H", header, vtable + 4 + 2 * number)[0]) if 4 + 2 * number < size else 0
+        return table + offset if offset else None
+
+    try:
+        message = int(struct.unpack_from("<I", header)[0])
+        kind, batch = field(message, 1), field(message, 2)
+        if kind is None or batch is None or header[kind] != _RECORD_BATCH:
+            return True
+        return field(batch + int(struct.unpack_from("<I", header, batch)[0]), 3) is not None
+    except (struct.error, IndexError):
+        return True
 
 
 def _one_line(error: Exception) -> str:

@@ -2,14 +2,19 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from data.errors import CorruptData
 from data.manifest import BLOCK_BYTES, MANIFEST_NAME, RESTORE, FileEntry, Manifest, ShardEntry
+from data.packed_shard import PackedShard
+from data.packing import LOCK_NAME, PackedShardEntry, head_name, read_packing
 from data.shards import CheckedFile, ImageShard, read_document_ends
 from data.store import LocalStore, read_manifest
 from data.tokenizers import load_tokenizer
@@ -19,10 +24,16 @@ _SHOWN_BLOCKS = 8
 
 @dataclass(frozen=True)
 class Item:
-    """What is verified at once: a shard, or None for the tokenizer."""
+    """What is verified at once: a shard, a shard's packing into sequences of so many tokens, or else the tokenizer."""
 
-    shard: ShardEntry | None
-    bytes: int
+    files: tuple[FileEntry, ...]
+    shard: ShardEntry | None = None
+    packed: PackedShardEntry | None = None
+    sequence_tokens: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -34,17 +45,35 @@ class Found:
 
 
 def items_of(manifest: Manifest) -> Iterator[Item]:
-    """All that there is to verify, in stored order."""
+    """What the manifest lists, in stored order."""
     if manifest.tokenizer is not None and manifest.tokenizer.file is not None:
-        yield Item(None, manifest.tokenizer.file.bytes)
+        yield Item((manifest.tokenizer.file,))
     for split in manifest.splits.values():
         for shard in split.shards:
-            yield Item(shard, sum(file.bytes for file in shard.files()))
+            yield Item(tuple(shard.files()), shard)
 
 
-def unlisted_files(directory: Path, manifest: Manifest) -> list[str]:
-    """Names in a dataset's directory that its manifest does not have: nothing reads them."""
-    return sorted(set(os.listdir(directory)) - {MANIFEST_NAME} - {entry.name for entry in manifest.files()})
+def packed_items(store: LocalStore, manifest: Manifest, problems: list[str]) -> Iterator[Item]:
+    """The packing indexes that lie beside the shards; to `problems` what is wrong with their heads."""
+    shards = {shard.data.name: shard for split in manifest.splits.values() for shard in split.shards}
+    for name in sorted(os.listdir(store.directory)):
+        tokens = re.fullmatch(r"packing-best_fit-T([1-9][0-9]{0,15})\.json", name)
+        if tokens is None:
+            continue
+        try:
+            packing = read_packing(store, manifest, int(tokens[1]))
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        for entry in (entry for entries in packing.splits.values() for entry in entries):
+            yield Item((entry.index,), shards[entry.shard], entry, packing.sequence_tokens)
+
+
+def unlisted_files(directory: Path, items: Iterable[Item]) -> list[str]:
+    """Names in a dataset's directory that nothing lists, so that nothing reads them."""
+    listed = {file.name for item in items for file in item.files}
+    heads = {head_name(item.sequence_tokens) for item in items if item.packed is not None}
+    return sorted(set(os.listdir(directory)) - {MANIFEST_NAME, LOCK_NAME} - listed - heads)
 
 
 class Verifier:
@@ -56,17 +85,10 @@ class Verifier:
 
     def __call__(self, item: Item) -> Found:
         """Read every byte of an item."""
-        tokenizer = self._manifest.tokenizer
-        if item.shard is not None:
-            files = list(item.shard.files())
-        else:
-            assert tokenizer is not None
-            assert tokenizer.file is not None
-            files = [tokenizer.file]
-        problems = [problem for file in files for problem in self._verify_file(file)]
+        problems = [problem for file in item.files for problem in self._verify_file(file)]
         if not problems:  # what is not as it was prepared says nothing about how it was prepared
             try:
-                self._verify_contents(item.shard)
+                self._verify_contents(item)
             except ValueError as error:
                 problems.append(str(error))
         return Found(item, tuple(problems))
@@ -92,13 +114,33 @@ class Verifier:
         elif whole.hexdigest() != entry.sha256:
             yield f"{file.path}: its sha256 is not the manifest's, though each block's hash is; {RESTORE}"
 
-    def _verify_contents(self, shard: ShardEntry | None) -> None:
-        """CorruptData where a shard is as it was written, and yet not what readers rely on."""
-        if shard is None:
+    def _verify_contents(self, item: Item) -> None:
+        """CorruptData where files are as they were written, and yet not what readers rely on."""
+        if item.shard is None:
             load_tokenizer(self._store)
-        elif shard.docs is not None:
-            read_document_ends(self._store, shard)
+        elif item.packed is not None:
+            tokenizer, dtype = self._manifest.tokenizer, self._manifest.dtype
+            assert tokenizer is not None
+            assert dtype is not None
+            end = tokenizer.end_of_document
+            args = (self._store, item.shard, item.packed, dtype, item.sequence_tokens)
+            PackedShard(*args, end_of_document=end, separate_documents=False)
+        elif item.shard.docs is not None:
+            self._verify_tokens(item.shard, read_document_ends(self._store, item.shard))
         else:
-            images = ImageShard(self._store, shard)
+            assert self._manifest.images is not None
+            images = ImageShard(self._store, item.shard, len(self._manifest.images.class_names))
             for row in range(images.rows):
                 images.read(row)
+
+    def _verify_tokens(self, shard: ShardEntry, ends: npt.NDArray[np.int64]) -> None:
+        tokenizer, file = self._manifest.tokenizer, CheckedFile(self._store, shard.data)
+        assert tokenizer is not None
+        assert self._manifest.dtype is not None
+        tokens = np.frombuffer(file.map, np.dtype(self._manifest.dtype).newbyteorder("<"))
+        if (largest := int(tokens.max())) >= tokenizer.vocabulary_size:
+            raise CorruptData(
+                f"{file.path}: token {largest} is beyond the vocabulary of {tokenizer.vocabulary_size}; {RESTORE}"
+            )
+        if (tokens[ends - 1] != tokenizer.end_of_document).any():
+            raise CorruptData(f"{file.path}: documents without the token that ends them; {RESTORE}")

@@ -63,6 +63,8 @@ class Steps:
     positions: list[int]
     """Samples consumed after each step, after the one that the first of them follows."""
     folds: list[int]
+    targets: list[int]
+    """Tokens that each step is to predict."""
     unreadable: dict[int, str]
     """Why a step cannot be read, by its place in the list."""
 
@@ -173,13 +175,14 @@ def _foreign_plan(told: Told) -> Fault | None:
 
 def _read_again(data: AuditedData, opened: Mapping[str, Dataset], workers: int) -> tuple[Steps, dict[int, Counts]]:
     """What each step must have read, and how often each sample (samples,) of each of the plan's streams was read by them."""
-    steps = Steps([data.start_position], [], {})
+    steps = Steps([data.start_position], [], [], {})
     counts = {
         number: np.zeros(opened[stream.name].samples, dtype=np.uint32)
         for number, stream in enumerate(data.plan.streams)
         if stream.name in opened
     }
-    jobs = list(stretches(data.plan, data.start_position, data.stop_position))
+    largest = max(dataset.sample_bytes for dataset in opened.values())
+    jobs = list(stretches(data.plan, data.start_position, data.stop_position, largest))
     with Bar("reading again", data.stop_position - data.start_position) as bar:
         for reading in each(Auditor, data, jobs, workers=max(1, min(workers, len(jobs)))):
             _take(steps, reading)
@@ -195,6 +198,7 @@ def _take(steps: Steps, reading: Reading) -> None:
     for size in reading.sizes:
         steps.positions.append(steps.positions[-1] + size)
     steps.folds.extend(reading.folds)
+    steps.targets.extend(reading.targets)
 
 
 def _wrong_steps(told: Told, steps: Steps) -> list[Fault]:
@@ -216,7 +220,7 @@ def _wrong_steps(told: Told, steps: Steps) -> list[Fault]:
                     f"{where}: expected digest {true}, found {line.digest}; {_why(history, steps, number, true)}",
                 )
             ]
-        if (wrong := _wrong_tokens(told, previous, line, steps.positions[number + 1])) is not None:
+        if (wrong := _wrong_tokens(told, previous, line, steps.targets[number])) is not None:
             return [Fault(line.step, f"{where}: {wrong}")]
         previous = line
     return []
@@ -238,21 +242,16 @@ def _is_digest(value: object) -> bool:
     return isinstance(value, str) and len(value) == len(EMPTY_DIGEST) and set(value) <= set("0123456789abcdef")
 
 
-def _wrong_tokens(told: Told, previous: StepLine | None, line: StepLine, position: int) -> str | None:
+def _wrong_tokens(told: Told, previous: StepLine | None, line: StepLine, targets: int) -> str | None:
     """Why a line's count of tokens cannot be, as far as data and task alone decide it."""
-    segment = told.plan.segment_at(position - 1)
-    lengths = {stream.sequence_tokens for stream in segment.streams}
-    (sequence_tokens,) = lengths if len(lengths) == 1 else (None,)
-    if sequence_tokens is None:
+    if targets == 0:
         return None if line.tokens is None else f"says {line.tokens} tokens, of images"
     if type(line.tokens) is not int:
         return f"says {line.tokens!r} tokens"
     before = previous.tokens if previous is not None else 0 if told.history.began.resumed_from is None else None
-    if told.config.task.kind != "language_modelling" or before is None:
+    if told.config.task.kind != "language_modelling" or before is None or line.tokens == before + targets:
         return None
-    start = previous.samples if previous is not None else 0
-    expected = before + (line.samples - start) * sequence_tokens
-    return None if line.tokens == expected else f"says {line.tokens} tokens, its samples have {expected}"
+    return f"says {line.tokens} tokens, with its samples there are {before + targets}"
 
 
 def _wrong_marks(told: Told) -> list[Fault]:

@@ -9,7 +9,7 @@ from data.examples import Examples, shorten
 from data.manifest import Manifest
 from data.parallel import each
 from data.store import LocalStore, read_manifest
-from data.verification import Verifier, items_of, unlisted_files
+from data.verification import Verifier, items_of, packed_items, unlisted_files
 from launch.exit_codes import DO_NOT_RESTART, DONE
 from launch.tables import Bar, format_table
 
@@ -63,19 +63,22 @@ def _counts(manifest: Manifest, name: str) -> tuple[str, ...]:
 
 def verify_dataset(directory: Path, workers: int) -> int:
     """Reads every byte of a dataset and prints every problem, then a line of sum. Returns an exit code."""
-    manifest = read_manifest(LocalStore(directory))
-    items = list(items_of(manifest))
+    store = LocalStore(directory)
+    manifest = read_manifest(store)
+    problems: list[str] = []
+    items = [*items_of(manifest), *packed_items(store, manifest, problems)]
     total = sum(item.bytes for item in items)
-    problems = 0
     with Bar("verifying", total, of_bytes=True) as bar:
+        for problem in problems:
+            bar.say(f"BAD: {problem}")
         for found in each(Verifier, str(directory), items, workers=min(workers, len(items))):
             for problem in found.problems:
                 bar.say(f"BAD: {problem}")
-                problems += 1
+            problems += found.problems
             bar.advance(found.item.bytes)
-    for name in unlisted_files(directory, manifest):
+    for name in unlisted_files(directory, items):
         print(f"not listed: {directory / name} is not of the dataset; nothing reads it")
-    files = len(list(manifest.files()))
-    state = "good" if not problems else f"BAD: {problems} problem{'s' if problems > 1 else ''}"
+    files = sum(len(item.files) for item in items)
+    state = "good" if not problems else f"BAD: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
     print(f"{directory}: {state}; {files} files, {total:,} bytes, fingerprint {manifest.fingerprint}")
     return DO_NOT_RESTART if problems else DONE

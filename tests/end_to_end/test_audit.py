@@ -169,7 +169,7 @@ def other_attempt(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         (remove_the_end, r"checkpoint step-\d+ has digest \w+ at position \d+, but no line|outcome.json: says that attempt 3"),
         (repeat_line, r"step \d+ has two lines: line \d+ .*, and line \d+"),
         (alter_samples, r"says \d+ samples, the plan \d+"),
-        (alter_tokens, r"says \d+ tokens, its samples have \d+"),
+        (alter_tokens, r"says \d+ tokens, with its samples there are \d+"),
         (other_attempt, r"run.json knows no such attempt"),
     ],
 )  # fmt: skip
