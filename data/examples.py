@@ -1,14 +1,13 @@
 """What lies in a prepared dataset, as a person reads it: documents as text, images by class, size and bytes."""
 
-import io
 from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from data.errors import CorruptData
 from data.manifest import RESTORE, Manifest, ShardEntry, Split
+from data.pictures import decode
 from data.shards import CheckedFile, ImageShard, read_document_ends
 from data.store import Store
 from data.tokenizers import Tokenizer, load_tokenizer
@@ -71,11 +70,11 @@ class Examples:
         encoded, label = shard.read(row)
         name = self._manifest.images.class_names[label]
         try:
-            with Image.open(io.BytesIO(encoded)) as image:
-                kind = f"{image.format} of {image.width} x {image.height} pixels, {image.mode}"
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            image = decode(encoded)
+        except ValueError as error:
             where = f"{self._store.address}/{self._entries[number].data.name}"
             raise CorruptData(f"{where}: row {row} is not an image ({error}); {RESTORE}") from None
+        kind = f"{image.width} x {image.height} pixels, {image.mode}"
         return f"{shorten(name, 40)} ({label}), {kind}, {len(encoded):,} bytes"
 
 

@@ -119,12 +119,7 @@ class Verifier:
         if item.shard is None:
             load_tokenizer(self._store)
         elif item.packed is not None:
-            tokenizer, dtype = self._manifest.tokenizer, self._manifest.dtype
-            assert tokenizer is not None
-            assert dtype is not None
-            end = tokenizer.end_of_document
-            args = (self._store, item.shard, item.packed, dtype, item.sequence_tokens)
-            PackedShard(*args, end_of_document=end, separate_documents=False)
+            self._verify_packing(item.shard, item.packed, item.sequence_tokens)
         elif item.shard.docs is not None:
             self._verify_tokens(item.shard, read_document_ends(self._store, item.shard))
         else:
@@ -144,3 +139,14 @@ class Verifier:
             )
         if (tokens[ends - 1] != tokenizer.end_of_document).any():
             raise CorruptData(f"{file.path}: documents without the token that ends them; {RESTORE}")
+
+    def _verify_packing(self, shard: ShardEntry, packed: PackedShardEntry, sequence_tokens: int) -> None:
+        tokenizer, dtype = self._manifest.tokenizer, self._manifest.dtype
+        assert tokenizer is not None
+        assert dtype is not None
+        try:
+            self._store.check(shard.data)
+        except CorruptData:
+            return  # told of the shard; without it an index cannot be followed
+        end = tokenizer.end_of_document
+        PackedShard(self._store, shard, packed, dtype, sequence_tokens, end_of_document=end, separate_documents=False)
