@@ -53,11 +53,10 @@ def open_audited(plan: Plan, directories: Mapping[str, str], config: DataConfig)
                 f"{store.address}: is dataset {found[:12]}, but the run read {stream.fingerprint[:12]}; restore it, or "
                 "name the place of that one"
             )
-        of_plan = {
-            "sequence_tokens": stream.sequence_tokens,
-            "packing": "concatenate" if stream.packing is None else "best_fit",
-        }
-        dataset = datasets[stream.name] = open_dataset(store, config.model_copy(update=of_plan), "train")
+        if stream.sequence_tokens is not None:
+            packing = "concatenate" if stream.packing is None else "best_fit"
+            config = config.model_copy(update={"sequence_tokens": stream.sequence_tokens, "packing": packing})
+        dataset = datasets[stream.name] = open_dataset(store, config, "train")
         if dataset.packing_identity != stream.packing:
             raise CorruptData(
                 f"{store.address}: documents are packed as {dataset.packing_identity}, but the run read {stream.packing}; "

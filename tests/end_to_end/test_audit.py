@@ -372,6 +372,24 @@ def test_images_are_audited(audit: Audit, tmp_path: Path, warm: WarmProcess) -> 
     )
 
 
+def test_packed_documents_are_audited_and_their_targets_counted(
+    recipe: Path, audit: Audit, tmp_path: Path, warm: WarmProcess
+) -> None:
+    """How many tokens a sample has to predict is told by its documents alone."""
+    arguments = [recipe, "run.directory=run", "run.steps=6", "data.packing=best_fit", "data.separate_documents=true"]
+    warm.worker(*arguments, cwd=tmp_path).succeeded()
+    code, verdict = audit(tmp_path / "run")
+    assert code == 0, verdict
+
+    def alter(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        step_lines(records, 1)[3]["tokens"] += 1
+        return records
+
+    rewrite_log(tmp_path / "run", alter)
+    code, verdict = audit(tmp_path / "run")
+    assert (code, "step 4 (line" in verdict, "tokens, with its samples there are" in verdict) == (78, True, True)
+
+
 def test_a_run_that_read_altered_bytes(
     recipe_values: Callable[..., dict[str, Any]], dataset: Path, audit: Audit, tmp_path: Path, warm: WarmProcess
 ) -> None:
