@@ -21,12 +21,15 @@ from data.errors import CorruptData
 FORMAT_VERSION: Literal[2] = 2
 MANIFEST_NAME = "manifest.json"
 BLOCK_BYTES = 1 << 20
+_LONGEST_NAME = 255
 RESTORE = "re-run `lockstep prepare` into a new directory or restore the file"
 
 
 def _plain_name(name: str) -> str:
     if name != PurePath(name).name or name in ("", ".", "..") or "\\" in name or "\0" in name:
         raise ValueError(f"{name!r} is not the plain name of a file in the dataset's directory")
+    if len(name.encode()) > _LONGEST_NAME:
+        raise ValueError(f"a file's name of {len(name)} characters is longer than any file system takes")
     return name
 
 

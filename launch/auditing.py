@@ -33,6 +33,9 @@ from launch.recipe import parse_recipe, parse_yaml
 from launch.run_directory import OUTCOME_FILE
 from launch.tables import Bar, format_table
 
+# A process takes as long to begin as so many jobs take.
+_JOBS_A_WORKER = 16
+
 Counts = npt.NDArray[np.uint32]
 
 
@@ -184,7 +187,7 @@ def _read_again(data: AuditedData, opened: Mapping[str, Dataset], workers: int) 
     largest = max(dataset.sample_bytes for dataset in opened.values())
     jobs = list(stretches(data.plan, data.start_position, data.stop_position, largest))
     with Bar("reading again", data.stop_position - data.start_position) as bar:
-        for reading in each(Auditor, data, jobs, workers=max(1, min(workers, len(jobs)))):
+        for reading in each(Auditor, data, jobs, workers=max(1, min(workers, len(jobs) // _JOBS_A_WORKER))):
             _take(steps, reading)
             for stream, (ids, times) in reading.seen.items():
                 counts[stream][ids] += times.astype(np.uint32)

@@ -11,6 +11,7 @@ from data.audit import AuditedData, Auditor, position_after, stretches
 from data.config import DataConfig
 from data.dataset import open_dataset
 from data.digest import to_int64
+from data.parallel import each
 from data.plan import Plan, Segment, StreamPart
 from data.prepare import prepare
 from data.samples import Dataset
@@ -158,7 +159,7 @@ def test_a_step_that_cannot_be_read_is_told_and_the_others_are_read(tmp_path: Pa
     plan = plan_of(dataset, 2)
     data = AuditedData(plan, {"": str(directory)}, config, 0, dataset.samples // 2 * 2)
     (stretch,) = stretches(plan, 0, data.stop_position)
-    good = Auditor(data)(stretch)
+    (good,) = each(Auditor, data, [stretch], workers=2)
     path = directory / "train-00001.bin"
     content = path.read_bytes()
     path.write_bytes(content[:50] + b"?" + content[51:])
