@@ -153,7 +153,7 @@ def test_names_never_leave_the_directory(tokens: tuple[Path, DataConfig], name: 
         manifest["splits"]["train"]["shards"][0]["data"]["name"] = name
 
     rewrite(directory, rename)
-    with pytest.raises(CorruptData, match="plain name|longer than any|Invalid JSON"):
+    with pytest.raises(CorruptData, match=r"plain name|longer than any|Invalid JSON"):
         open_dataset(LocalStore(directory), config, "train")
 
 
