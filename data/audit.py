@@ -14,11 +14,13 @@ from data.config import DataConfig
 from data.dataset import open_dataset
 from data.digest import STREAM_SHIFT, mix_samples
 from data.errors import CorruptData
+from data.order import GLOBAL_ORDER
 from data.plan import Plan
 from data.reading import Reader
 from data.samples import Dataset
 from data.steps import Integers, StepBlock, Steps
 from data.store import LocalStore, read_manifest
+from data.windows import WINDOWED_ORDER
 
 # A job: enough that a process is seldom idle, and little enough that progress is seen and memory is not.
 _JOB_SAMPLES = 16384
@@ -141,6 +143,16 @@ class Auditor:
         firsts = np.array(block.rows[start:stop]) - block.rows[start]
         reading.folds += np.add.reduceat(words, firsts).view(np.int64).tolist()
         reading.targets += np.add.reduceat(targets, firsts).tolist()
+
+
+def refuse_streamed(plan: Plan, where: str) -> None:
+    """ValueError for a plan that does not say by itself which samples its positions read."""
+    for stream in plan.streams:
+        if stream.order not in (GLOBAL_ORDER, WINDOWED_ORDER):
+            raise ValueError(
+                f"{where}: reads a source as it comes (order {stream.order!r}), so that nobody can compute what a step reads; "
+                "prepare the data of a run that is to be audited"
+            )
 
 
 def stretches(plan: Plan, position: int, stop_position: int, sample_bytes: int = 1) -> Iterator[Stretch]:

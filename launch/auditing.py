@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data.audit import AuditedData, Auditor, Reading, open_audited, position_after, stretches
+from data.audit import AuditedData, Auditor, Reading, open_audited, position_after, refuse_streamed, stretches
 from data.digest import EMPTY_DIGEST, chain
 from data.errors import CorruptData
 from data.parallel import each
@@ -96,6 +96,7 @@ def read_told(run_directory: Path) -> Told:
     checkpoints = _read_checkpoints(run_directory)
     lines = read_lines(run_directory)
     plan = read_plan(run_directory)
+    refuse_streamed(plan, str(run_directory))
     attempts = read_attempts(run_directory)
     config = parse_recipe(parse_yaml(recipe.read_text(), f"recipe {recipe}"), source=f"recipe {recipe}")
     return Told(outcome, checkpoints, history_of(attempts, lines), plan, config)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data.audit import open_audited, position_after
+from data.audit import open_audited, position_after, refuse_streamed
 from data.dataset import open_dataset
 from data.examples import Examples
 from data.manifest import MANIFEST_NAME, Manifest
@@ -133,6 +133,7 @@ def _of_run(run: Path, overrides: Sequence[str]) -> _Opened:
         raise ValueError(f"override {overrides[0]!r}: has no effect on {run}, which has its plan; remove it")
     config = load_recipe(str(run / "recipe.yaml"))
     plan = read_plan(run)
+    refuse_streamed(plan, str(run))
     directories = dataset_directories(run, read_attempts(run), plan, ())
     return _Opened(config, plan, directories, open_audited(plan, directories, config.data))
 

@@ -16,7 +16,7 @@ import pytest
 from data.audit import AuditedData, Auditor, stretches
 from data.digest import EMPTY_DIGEST, chain
 from data.manifest import fingerprint_of
-from data.plan import Plan
+from data.plan import Plan, Segment, StreamPart
 from distrib.manifest import write_manifest
 from launch.auditing import read_told
 from launch.cli import main
@@ -416,6 +416,12 @@ def test_what_cannot_be_audited_says_so(copy: Path, audit: Audit, tmp_path: Path
     assert (code, "the run's streams are code, web" in verdict) == (2, True)
     code, verdict = audit(copy, "--dataset", f"web={tmp_path / 'gone'}")
     assert (code, "gone: the dataset of" in verdict) == (2, True)
+    stream = StreamPart(fingerprint="0" * 64, order="streamed-1", sequence_tokens=64)
+    plan = Plan.of([Segment(start_position=0, streams=(stream,), seed=0, global_samples=8)])
+    (copy / "plan.json").write_bytes(plan_file_bytes(plan))
+    code, verdict = audit(copy)
+    assert (code, "reads a source as it comes" in verdict) == (2, True)
+    assert main(["data", "order", str(copy), "--step", "1"]) == 2
     (copy / "plan.json").unlink()
     code, verdict = audit(copy)
     assert (code, "no plan.json" in verdict) == (2, True)
