@@ -92,13 +92,23 @@ class TokenDataset:
 
         Where documents are packed or kept apart, `loss_mask` (n, T) bool; kept apart, `documents` (n, T) int16 or int32.
         """
-        check_range(sample_ids, self.samples)
-        self._close_some(sample_ids)
         samples = len(sample_ids)
-        rows, views = self._buffers.take(samples)
         boundaries: Fields = {
             name: np.empty((samples, self._sequence_tokens), dtype) for name, dtype in self._boundary_fields.items()
         }
+        rows, hashes = self._read(sample_ids, boundaries)
+        tokens = rows.view(self._dtype).reshape(samples, self._sequence_tokens + 1)
+        return {"tokens": tokens} | boundaries, hashes
+
+    def content_hashes(self, sample_ids: SampleIds) -> Hashes:
+        """The xxh3-64 of the bytes of samples (n,), padding included."""
+        return self._read(sample_ids, {})[1]
+
+    def _read(self, sample_ids: SampleIds, boundaries: Fields) -> tuple[npt.NDArray[np.void], Hashes]:
+        """The rows (n,) of samples and their hashes (n,); fills what is asked for of where documents end."""
+        check_range(sample_ids, self.samples)
+        self._close_some(sample_ids)
+        rows, views = self._buffers.take(len(sample_ids))
         by_shard = boundaries if self._packed is None else boundaries | {"tokens": rows}
         if self._packed is None:
             self._copy(sample_ids, rows)
@@ -107,9 +117,8 @@ class TokenDataset:
                 piece = shard.gather(shard_rows)
                 for name, field in by_shard.items():
                     field[slots] = piece[name]
-        digests = b"".join(map(xxhash.xxh3_64_digest, views[:samples]))
-        tokens = rows.view(self._dtype).reshape(samples, self._sequence_tokens + 1)
-        return {"tokens": tokens} | boundaries, np.frombuffer(digests, ">u8").astype(np.uint64)
+        digests = b"".join(map(xxhash.xxh3_64_digest, views[: len(sample_ids)]))
+        return rows, np.frombuffer(digests, ">u8").astype(np.uint64)
 
     def _copy(self, sample_ids: SampleIds, rows: npt.NDArray[np.void]) -> None:
         """Copy samples (n,) into rows (n,), once their shards are mapped and their blocks checked."""
@@ -126,14 +135,6 @@ class TokenDataset:
         for start in range(0, len(rows), piece_samples):
             piece = slice(start, start + piece_samples)
             rows[piece] = mapped.copy(addresses[piece])
-
-    def content_hashes(self, sample_ids: SampleIds) -> Hashes:
-        """The xxh3-64 (n,) of the bytes of samples (n,), padding included."""
-        check_range(sample_ids, self.samples)
-        hashes = np.empty(len(sample_ids), dtype=np.uint64)
-        for shard, slots, shard_rows in self._pieces(sample_ids):
-            hashes[slots] = _hash_rows(shard.gather(shard_rows)["tokens"])
-        return hashes
 
     def _pieces(self, sample_ids: SampleIds) -> Iterator[tuple[TokenShard | PackedShard, SampleIds, SampleIds]]:
         """Cut a request into pieces of one shard each: the shard, where its samples are wanted, and its rows."""
