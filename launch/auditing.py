@@ -35,6 +35,7 @@ from launch.tables import Bar, format_table
 
 # A process takes as long to begin as so many jobs take.
 _JOBS_A_WORKER = 16
+_MOST_SAMPLES = 1 << 62
 
 Counts = npt.NDArray[np.uint32]
 
@@ -143,6 +144,8 @@ def _judge(run_directory: Path, told: Told, datasets: Sequence[str], workers: in
         start_position,
         position_after(plan, history.last_step),
     )
+    if data.stop_position >= _MOST_SAMPLES:
+        return "not proven: plan.json: its steps have more samples than there can be", False
     opened = open_audited(plan, data.directories, data.config)
     begun = time.monotonic()
     steps, counts = _read_again(data, opened, workers)

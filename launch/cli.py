@@ -56,13 +56,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("run_directory", type=Path, metavar="RUN")
     evaluate.add_argument("--checkpoint", type=Path, metavar="PATH", help="this checkpoint instead")
-    evaluate.add_argument(
-        "--dataset",
-        action="append",
-        default=[],
-        metavar="[STREAM=]DIR",
-        help="where the run's dataset lies now, if it was moved; of a mixture, once for each stream that was",
-    )
+    _add_datasets(evaluate)
     evaluate.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     evaluate.set_defaults(run=_evaluate)
 
@@ -74,13 +68,7 @@ def _make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest only")
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--checkpoint", type=Path, metavar="PATH", help="this checkpoint instead")
-    generate.add_argument(
-        "--dataset",
-        action="append",
-        default=[],
-        metavar="[STREAM=]DIR",
-        help="where the run's dataset lies now, if it was moved; of a mixture, once for each stream that was",
-    )
+    _add_datasets(generate)
     generate.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     generate.set_defaults(run=_generate)
 
@@ -158,6 +146,7 @@ def _add_data_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
     order.add_argument("--step", type=int, required=True, metavar="K", help="the first is 1")
     order.add_argument("--world", type=int, metavar="N", help="as N workers read it: by rank and micro-batch")
     order.add_argument("--micro-samples", type=int, metavar="M", help="default: the recipe's batch.micro_samples")
+    _add_datasets(order)
     order.add_argument("--decode", action="store_true", help="show what each sample holds")
     order.set_defaults(run=_order)
     audit = actions.add_parser(
@@ -167,14 +156,18 @@ def _add_data_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
     )
     audit.add_argument("run_directory", type=Path, metavar="RUN")
     _add_workers(audit)
-    audit.add_argument(
+    _add_datasets(audit)
+    audit.set_defaults(run=_audit)
+
+
+def _add_datasets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--dataset",
         action="append",
         default=[],
         metavar="[STREAM=]DIR",
         help="where the run's dataset lies now, if it was moved; of a mixture, once for each stream that was",
     )
-    audit.set_defaults(run=_audit)
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
@@ -323,6 +316,7 @@ def _order(arguments: argparse.Namespace) -> int:
     return show_order(
         arguments.target,
         arguments.overrides,
+        arguments.dataset,
         step=arguments.step,
         world=arguments.world,
         micro_samples=arguments.micro_samples,

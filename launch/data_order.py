@@ -85,24 +85,31 @@ class _Place:
 
 
 def show_order(
-    target: str, overrides: Sequence[str], *, step: int, world: int | None, micro_samples: int | None, decode: bool
+    target: str,
+    overrides: Sequence[str],
+    datasets: Sequence[str],
+    *,
+    step: int,
+    world: int | None,
+    micro_samples: int | None,
+    decode: bool,
 ) -> int:
     """Prints the samples of a step in the order in which they are read, by rank and micro-batch where `world` is given.
 
     Returns an exit code; ValueError in one line where the plan or the data is not there.
     """
     _check_numbers(step, world, micro_samples)
-    opened = _of_run(Path(target), overrides) if _is_run(target) else _of_recipe(target, overrides)
-    plan, datasets = opened.plan, opened.datasets
+    opened = (_of_run if _is_run(target) else _of_recipe)(target, overrides, datasets)
+    plan = opened.plan
     first, stop = position_after(plan, step - 1), position_after(plan, step)
     if stop > _MOST_SAMPLES:
         raise ValueError(f"--step {step}: lies beyond 2^62 samples; give a smaller one")
-    check_orders(plan, datasets)
+    check_orders(plan, opened.datasets)
     micro_samples = micro_samples or opened.config.batch.micro_samples
     if world is not None and micro_samples > stop - first:
         raise ValueError(f"--micro-samples {micro_samples}: the step has {stop - first} samples; lower it")
     print(f"step {step:,}: positions {first:,} to {stop - 1:,}, {stop - first:,} samples, plan {plan.hash[:12]}")
-    places = {name: _Place.of(dataset, opened.directories[name]) for name, dataset in datasets.items()}
+    places = {name: _Place.of(dataset, opened.directories[name]) for name, dataset in opened.datasets.items()}
     slots = list(_slots(opened, first, stop, world or 1, micro_samples))
     named, by_rank = len(plan.streams) > 1, world is not None
     rows = [_title(named, by_rank), *(_row(plan, places, slot, named, by_rank) for slot in slots)]
@@ -128,17 +135,20 @@ def _is_run(target: str) -> bool:
     return Path(target).is_dir()
 
 
-def _of_run(run: Path, overrides: Sequence[str]) -> _Opened:
+def _of_run(target: str, overrides: Sequence[str], given: Sequence[str]) -> _Opened:
+    run = Path(target)
     if overrides:
         raise ValueError(f"override {overrides[0]!r}: has no effect on {run}, which has its plan; remove it")
     config = load_recipe(str(run / "recipe.yaml"))
     plan = read_plan(run)
     refuse_streamed(plan, str(run))
-    directories = dataset_directories(run, read_attempts(run), plan, ())
+    directories = dataset_directories(run, read_attempts(run), plan, given)
     return _Opened(config, plan, directories, open_audited(plan, directories, config.data))
 
 
-def _of_recipe(recipe: str, overrides: Sequence[str]) -> _Opened:
+def _of_recipe(recipe: str, overrides: Sequence[str], given: Sequence[str]) -> _Opened:
+    if given:
+        raise ValueError(f"--dataset {given[0]}: is for a run; a recipe names its data by data.directory=DIR")
     config = load_recipe(recipe, overrides)
     directories, datasets = {}, {}
     for name, stream in config.data.by_stream().items():

@@ -35,8 +35,8 @@ class AttemptRecord(BaseModel):
     """The hash of its plan."""
     datasets: dict[str, DatasetPlace]
     resumed_from: str | None
-    resumed_from_step: int | None = Field(ge=0)
-    resumed_from_position: int | None = Field(ge=0)
+    resumed_from_step: int | None = Field(ge=0, lt=1 << 62)
+    resumed_from_position: int | None = Field(ge=0, lt=1 << 62)
     resumed_from_digest: str | None = Field(pattern=r"^[0-9a-f]{32}$")
 
     @model_validator(mode="after")

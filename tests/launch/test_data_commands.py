@@ -252,6 +252,7 @@ def test_order_of_images(images: Path, tmp_path: Path, say: Say) -> None:
         (["--step", "1", "--micro-samples", "2"], "--micro-samples 2: has no effect without --world"),
         (["--step", "1", "--world", "2", "--micro-samples", "11"], "--micro-samples 11: the step has 10 samples"),
         (["--step", str(10**30)], "lies beyond 2^62 samples"),
+        (["--step", "1", "--dataset", "somewhere"], "--dataset somewhere: is for a run"),
         (["--step", "1", "data.lanes=100000"], "data.lanes 100000"),
         (["--step", "1", "data.streams.two.directory=nowhere"], "nowhere: jsonl:"),
     ],
