@@ -19,7 +19,7 @@ from data.plan import Plan
 from data.reading import Reader
 from data.samples import Dataset
 from data.steps import Integers, StepBlock, Steps
-from data.store import LocalStore, read_manifest
+from data.store import open_store, read_manifest
 from data.windows import WINDOWED_ORDER
 
 # A job: enough that a process is seldom idle, and little enough that progress is seen and memory is not.
@@ -32,23 +32,23 @@ class AuditedData:
     """A plan, and where the dataset of each of its streams lies. `config` says how they are opened."""
 
     plan: Plan
-    directories: Mapping[str, str]
+    places: Mapping[str, Path | str]
     """By the stream's name."""
     config: DataConfig
     start_position: int
     stop_position: int
 
 
-def open_audited(plan: Plan, directories: Mapping[str, str], config: DataConfig) -> dict[str, Dataset]:
-    """The training split of each stream of a plan that has a directory; `config` says what the plan does not.
+def open_audited(plan: Plan, places: Mapping[str, Path | str], config: DataConfig) -> dict[str, Dataset]:
+    """The training split of each stream of a plan that has a place; `config` says what the plan does not.
 
     CorruptData where the files cannot be the ones that the plan was made with.
     """
     datasets: dict[str, Dataset] = {}
     for stream in plan.streams:
-        if stream.name not in directories:
+        if stream.name not in places:
             continue
-        store = LocalStore(Path(directories[stream.name]))
+        store = open_store(places[stream.name], config)
         found = read_manifest(store).fingerprint
         if found != stream.fingerprint:
             raise CorruptData(
@@ -95,7 +95,7 @@ class Auditor:
 
     def __init__(self, data: AuditedData) -> None:
         self._reader = Reader(
-            open_audited(data.plan, data.directories, data.config), data.plan, data.start_position, data.stop_position
+            open_audited(data.plan, data.places, data.config), data.plan, data.start_position, data.stop_position
         )
         # Where documents are packed or kept apart, not every token is a target: the samples say which are.
         self._masked = data.config.separate_documents or any(stream.packing for stream in data.plan.streams)

@@ -30,10 +30,11 @@ class ImageDataset:
         self.fingerprint = manifest.fingerprint
         self.packing_identity: str | None = None
         self._entries = manifest.split(split, store.address).shards
+        classes = len(manifest.images.class_names)
         self._shards = OpenShards(
             store,
             [[*entry.files()] for entry in self._entries],
-            lambda number: ImageShard(store, self._entries[number], len(manifest.images.class_names)),
+            lambda number: ImageShard(store, self._entries[number], classes),
         )
         self._ends = np.cumsum([entry.documents for entry in self._entries], dtype=np.int64)
         self.shard_samples = np.diff(self._ends, prepend=0)

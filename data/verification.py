@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from data.config import DataConfig
 from data.errors import CorruptData
 from data.manifest import BLOCK_BYTES, MANIFEST_NAME, RESTORE, FileEntry, Manifest, ShardEntry
 from data.packed_shard import PackedShard
 from data.packing import LOCK_NAME, PackedShardEntry, head_name, read_packing
 from data.shards import CheckedFile, ImageShard, read_document_ends
-from data.store import LocalStore, read_manifest
+from data.store import LocalStore, Store, open_store, read_manifest
 from data.tokenizers import load_tokenizer
 
 _SHOWN_BLOCKS = 8
@@ -53,10 +54,10 @@ def items_of(manifest: Manifest) -> Iterator[Item]:
             yield Item(tuple(shard.files()), shard)
 
 
-def packed_items(store: LocalStore, manifest: Manifest, problems: list[str]) -> Iterator[Item]:
+def packed_items(store: Store, manifest: Manifest, problems: list[str]) -> Iterator[Item]:
     """The packing indexes that lie beside the shards; to `problems` what is wrong with their heads."""
     shards = {shard.data.name: shard for split in manifest.splits.values() for shard in split.shards}
-    for name in sorted(os.listdir(store.directory)):
+    for name in listed_names(store):
         tokens = re.fullmatch(r"packing-best_fit-T([1-9][0-9]{0,15})\.json", name)
         if tokens is None:
             continue
@@ -69,18 +70,23 @@ def packed_items(store: LocalStore, manifest: Manifest, problems: list[str]) -> 
             yield Item((entry.index,), shards[entry.shard], entry, packing.sequence_tokens)
 
 
-def unlisted_files(directory: Path, items: Iterable[Item]) -> list[str]:
-    """Names in a dataset's directory that nothing lists, so that nothing reads them."""
+def unlisted_files(store: Store, items: Iterable[Item]) -> list[str]:
+    """Names beside a dataset's manifest that nothing lists, so that nothing reads them."""
     listed = {file.name for item in items for file in item.files}
     heads = {head_name(item.sequence_tokens) for item in items if item.packed is not None}
-    return sorted(set(os.listdir(directory)) - {MANIFEST_NAME, LOCK_NAME} - listed - heads)
+    return sorted(set(listed_names(store)) - {MANIFEST_NAME, LOCK_NAME} - listed - heads)
+
+
+def listed_names(store: Store) -> list[str]:
+    """What lies in a dataset's directory; nothing of a remote one, which is only asked for what its manifest lists."""
+    return sorted(os.listdir(store.directory)) if isinstance(store, LocalStore) else []
 
 
 class Verifier:
     """Verifies items of one dataset, in one process."""
 
-    def __init__(self, directory: str) -> None:
-        self._store = LocalStore(Path(directory))
+    def __init__(self, address: Path | str) -> None:
+        self._store = open_store(address, DataConfig())
         self._manifest = read_manifest(self._store)
 
     def __call__(self, item: Item) -> Found:

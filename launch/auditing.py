@@ -27,7 +27,7 @@ from distrib.manifest import BadCheckpoint, published_checkpoints, read_manifest
 from launch.config import RunConfig
 from launch.exit_codes import DO_NOT_RESTART, DONE, STOPPED_EARLY
 from launch.history import History, StepLine, history_of, read_attempts, read_lines
-from launch.places import dataset_directories
+from launch.places import dataset_places
 from launch.planning import read_plan
 from launch.recipe import parse_recipe, parse_yaml
 from launch.run_directory import OUTCOME_FILE
@@ -139,14 +139,14 @@ def _judge(run_directory: Path, told: Told, datasets: Sequence[str], workers: in
         return "not proven: run.json: the run began at a position at which no step of plan.json ends", False
     data = AuditedData(
         plan,
-        dataset_directories(run_directory, history.attempts, plan, datasets),
+        dataset_places(run_directory, history.attempts, plan, datasets),
         told.config.data,
         start_position,
         position_after(plan, history.last_step),
     )
     if data.stop_position >= _MOST_SAMPLES:
         return "not proven: plan.json: its steps have more samples than there can be", False
-    opened = open_audited(plan, data.directories, data.config)
+    opened = open_audited(plan, data.places, data.config)
     begun = time.monotonic()
     steps, counts = _read_again(data, opened, workers)
     seconds = time.monotonic() - begun

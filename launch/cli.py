@@ -130,14 +130,14 @@ def _add_data_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
     merge.add_argument("--workers", type=int, metavar="N", help="worker processes (default: one for each core)")
     merge.set_defaults(run=_merge)
     info = actions.add_parser("info", allow_abbrev=False, help="what a dataset is made of, and some of it decoded")
-    info.add_argument("directory", type=Path, metavar="DATASET")
+    info.add_argument("address", metavar="DATASET", help="its directory, or an address such as s3://BUCKET/PLACE")
     info.add_argument("--split", metavar="NAME", help="only this split (default: all)")
     info.add_argument("--examples", type=int, default=3, metavar="N", help="so many of each split (default 3)")
     info.set_defaults(run=_data_info)
     verify = actions.add_parser(
         "verify", allow_abbrev=False, help="read every byte; exit code 78 where one is not as it was prepared"
     )
-    verify.add_argument("directory", type=Path, metavar="DATASET")
+    verify.add_argument("address", metavar="DATASET", help="its directory, or an address such as s3://BUCKET/PLACE")
     _add_workers(verify)
     verify.set_defaults(run=_verify_data)
     order = actions.add_parser("order", allow_abbrev=False, help="what a step reads, computed without running anything")
@@ -300,14 +300,14 @@ def _data_info(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--examples {arguments.examples}: must be at least 0")
     from launch.data_commands import show_info
 
-    return show_info(arguments.directory, arguments.split, arguments.examples)
+    return show_info(arguments.address, arguments.split, arguments.examples)
 
 
 def _verify_data(arguments: argparse.Namespace) -> int:
     workers = _workers_of(arguments)
     from launch.data_commands import verify_dataset
 
-    return verify_dataset(arguments.directory, workers)
+    return verify_dataset(arguments.address, workers)
 
 
 def _order(arguments: argparse.Namespace) -> int:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
+from data.config import DataConfig
 from data.examples import Examples, shorten
 from data.manifest import Manifest
 from data.parallel import each
-from data.store import LocalStore, read_manifest
+from data.store import open_store, read_manifest
 from data.verification import Verifier, items_of, packed_items, unlisted_files
 from launch.exit_codes import DO_NOT_RESTART, DONE
 from launch.tables import Bar, format_table
 
 
-def show_info(directory: Path, split: str | None, examples: int) -> int:
+def show_info(address: str, split: str | None, examples: int) -> int:
     """Prints what a dataset is made of, and some of it decoded. Returns an exit code."""
-    store = LocalStore(directory)
+    store = open_store(address, DataConfig())
     manifest = read_manifest(store)
     shown = list(manifest.splits) if split is None else [name for name in manifest.splits if name == split]
     if not shown:
-        raise ValueError(f"--split {split}: {directory} has no such split, only {', '.join(manifest.splits)}")
+        raise ValueError(f"--split {split}: {address} has no such split, only {', '.join(manifest.splits)}")
     width = shutil.get_terminal_size().columns
     print("\n".join(_facts(manifest, width)))
     print(format_table([("split", "documents", "tokens", "bytes", "shards"), *(_counts(manifest, n) for n in shown)]))
@@ -61,9 +61,9 @@ def _counts(manifest: Manifest, name: str) -> tuple[str, ...]:
     return name, f"{split.documents:,}", tokens, f"{size:,}", str(len(split.shards))
 
 
-def verify_dataset(directory: Path, workers: int) -> int:
+def verify_dataset(address: str, workers: int) -> int:
     """Reads every byte of a dataset and prints every problem, then a line of sum. Returns an exit code."""
-    store = LocalStore(directory)
+    store = open_store(address, DataConfig())
     manifest = read_manifest(store)
     problems: list[str] = []
     items = [*items_of(manifest), *packed_items(store, manifest, problems)]
@@ -71,14 +71,14 @@ def verify_dataset(directory: Path, workers: int) -> int:
     with Bar("verifying", total, of_bytes=True) as bar:
         for problem in problems:
             bar.say(f"BAD: {problem}")
-        for found in each(Verifier, str(directory), items, workers=min(workers, len(items))):
+        for found in each(Verifier, address, items, workers=min(workers, len(items))):
             for problem in found.problems:
                 bar.say(f"BAD: {problem}")
             problems += found.problems
             bar.advance(found.item.bytes)
-    for name in unlisted_files(directory, items):
-        print(f"not listed: {directory / name} is not of the dataset; nothing reads it")
+    for name in unlisted_files(store, items):
+        print(f"not listed: {address}/{name} is not of the dataset; nothing reads it")
     files = sum(len(item.files) for item in items)
     state = "good" if not problems else f"BAD: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    print(f"{directory}: {state}; {files} files, {total:,} bytes, fingerprint {manifest.fingerprint}")
+    print(f"{address}: {state}; {files} files, {total:,} bytes, fingerprint {manifest.fingerprint}")
     return DO_NOT_RESTART if problems else DONE

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from data.addresses import is_remote
 from data.audit import open_audited, position_after, refuse_streamed
 from data.dataset import open_dataset
 from data.examples import Examples
@@ -18,11 +19,11 @@ from data.plan import Plan
 from data.prepare import prepared_directory
 from data.samples import Dataset
 from data.steps import Steps
-from data.store import LocalStore, read_manifest
+from data.store import Store, open_store, read_manifest
 from launch.config import RunConfig
 from launch.exit_codes import DONE
 from launch.history import read_attempts
-from launch.places import dataset_directories
+from launch.places import dataset_places
 from launch.planning import check_orders, read_plan, segment_of
 from launch.recipe import load_recipe
 from launch.tables import format_table
@@ -38,7 +39,7 @@ class _Opened:
 
     config: RunConfig
     plan: Plan
-    directories: Mapping[str, str]
+    stores: Mapping[str, Store]
     datasets: Mapping[str, Dataset]
 
 
@@ -65,8 +66,7 @@ class _Place:
     ends: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, dataset: Dataset, directory: str) -> _Place:
-        store = LocalStore(Path(directory))
+    def of(cls, dataset: Dataset, store: Store) -> _Place:
         manifest = read_manifest(store)
         return cls(dataset, manifest, Examples(store, manifest, "train"), np.cumsum(dataset.shard_samples))
 
@@ -109,7 +109,7 @@ def show_order(
     if world is not None and micro_samples > stop - first:
         raise ValueError(f"--micro-samples {micro_samples}: the step has {stop - first} samples; lower it")
     print(f"step {step:,}: positions {first:,} to {stop - 1:,}, {stop - first:,} samples, plan {plan.hash[:12]}")
-    places = {name: _Place.of(dataset, opened.directories[name]) for name, dataset in opened.datasets.items()}
+    places = {name: _Place.of(dataset, opened.stores[name]) for name, dataset in opened.datasets.items()}
     slots = list(_slots(opened, first, stop, world or 1, micro_samples))
     named, by_rank = len(plan.streams) > 1, world is not None
     rows = [_title(named, by_rank), *(_row(plan, places, slot, named, by_rank) for slot in slots)]
@@ -142,22 +142,23 @@ def _of_run(target: str, overrides: Sequence[str], given: Sequence[str]) -> _Ope
     config = load_recipe(str(run / "recipe.yaml"))
     plan = read_plan(run)
     refuse_streamed(plan, str(run))
-    directories = dataset_directories(run, read_attempts(run), plan, given)
-    return _Opened(config, plan, directories, open_audited(plan, directories, config.data))
+    places = dataset_places(run, read_attempts(run), plan, given)
+    stores = {name: open_store(place, config.data) for name, place in places.items()}
+    return _Opened(config, plan, stores, open_audited(plan, places, config.data))
 
 
 def _of_recipe(recipe: str, overrides: Sequence[str], given: Sequence[str]) -> _Opened:
     if given:
         raise ValueError(f"--dataset {given[0]}: is for a run; a recipe names its data by data.directory=DIR")
     config = load_recipe(recipe, overrides)
-    directories, datasets = {}, {}
+    stores, datasets = {}, {}
     for name, stream in config.data.by_stream().items():
-        directory = prepared_directory(stream)
-        if not (directory / MANIFEST_NAME).is_file():
-            raise ValueError(f"{directory}: {stream.source} is not prepared yet; run `lockstep prepare`, or train")
-        directories[name] = str(directory)
-        datasets[name] = open_dataset(LocalStore(directory), stream, "train")
-    return _Opened(config, Plan.of([segment_of(config, datasets)]), directories, datasets)
+        place = stream.directory if is_remote(stream.directory) else prepared_directory(stream)
+        stores[name] = open_store(place, stream)
+        if stores[name].read(MANIFEST_NAME) is None:
+            raise ValueError(f"{place}: {stream.source} is not prepared yet; run `lockstep prepare`, or train")
+        datasets[name] = open_dataset(stores[name], stream, "train")
+    return _Opened(config, Plan.of([segment_of(config, datasets)]), stores, datasets)
 
 
 def _slots(opened: _Opened, first: int, stop: int, world: int, micro_samples: int) -> Iterator[_Slot]:

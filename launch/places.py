@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from data.addresses import is_remote, parse_address
 from data.plan import Plan
 from launch.history import AttemptRecord
 
 
-def dataset_directories(
+def dataset_places(
     run_directory: Path, attempts: Sequence[AttemptRecord], plan: Plan, given: Sequence[str]
-) -> dict[str, str]:
-    """The directory of each of the plan's streams: where the newest attempt that read it did, or where `given`, each
-    DIR or STREAM=DIR, say. ValueError where one is not there, or is not of the run."""
-    names = [stream.name for stream in plan.streams]
-    recorded = {name: place for attempt in attempts for name, place in attempt.datasets.items()}
-    directories = {name: recorded[name].directory for name in names if name in recorded}
+) -> dict[str, Path | str]:
+    """Where each of the plan's streams lies: where the newest attempt that read it found it, or as `given` says."""
+    recorded = {name: place.directory for attempt in attempts for name, place in attempt.datasets.items()}
+    known = {stream.name: recorded[stream.name] for stream in plan.streams if stream.name in recorded}
+    return present_places(run_directory, known, given)
+
+
+def present_places(run_directory: Path, known: Mapping[str, str], given: Sequence[str]) -> dict[str, Path | str]:
+    """The place of each stream: as it is `known`, or as `given` says, each PLACE or STREAM=PLACE.
+
+    ValueError where a directory is not there, where a stream is none of the run's, or where no place is known.
+    """
+    places = {name: parse_address(place) for name, place in known.items()}
     for text in given:
-        name, _, directory = text.rpartition("=")
-        if name not in names:
-            raise ValueError(f"--dataset {text}: the run's streams are {', '.join(names) or 'one without a name'}")
-        directories[name] = directory
-    for name, directory in directories.items():
-        if not Path(directory).is_dir():
-            stream = f"{name}=" if name else ""
-            raise ValueError(
-                f"{directory}: the dataset of {run_directory} is not there; name its place with --dataset {stream}DIR"
-            )
-    return directories
+        name, equals, place = text.partition("=")
+        if not equals or "/" in name:  # the equals sign is of a path
+            name, place = "", text
+        if known and name not in known:
+            raise ValueError(f"--dataset {text}: the run's streams are {', '.join(known) or 'one without a name'}")
+        places[name] = parse_address(place)
+    if not places:
+        raise ValueError(f"{run_directory}: does not say which dataset it was trained on; name it with --dataset")
+    for address in places.values():
+        if not is_remote(address) and not Path(address).is_dir():
+            raise ValueError(f"{address}: the dataset of {run_directory} is not there; name its place with --dataset")
+    return places

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from data.addresses import is_remote, parse_address
 from data.config import DataConfig
 from data.packing import ensure_packing
 from data.plan import Plan
@@ -27,6 +26,7 @@ from launch.attempt import format_metrics
 from launch.config import RunConfig
 from launch.evaluation import Sums, evaluate_streams
 from launch.materials import Materials, open_materials
+from launch.places import present_places
 from launch.recipe import parse_recipe, parse_yaml
 from models.generation import generate
 
@@ -127,19 +127,8 @@ def _dataset_stores(run_directory: Path, given: Sequence[str], config: DataConfi
     """Where the datasets of a run lie. They are never prepared anew: their sources may have changed since."""
     identity = run_directory / "run.json"
     recorded = json.loads(identity.read_text())["attempts"][-1]["datasets"] if identity.is_file() else {}
-    places = {name: parse_address(entry["directory"]) for name, entry in recorded.items()}
-    for text in given:
-        name, equals, place = text.partition("=")
-        if not equals or "/" in name:  # the equals sign is of a path
-            name, place = "", text
-        if recorded and name not in places:
-            raise ValueError(f"--dataset {text}: the run's streams are {', '.join(places) or 'one without a name'}")
-        places[name] = parse_address(place)
-    if not places:
-        raise ValueError(f"{run_directory}: does not say which dataset it was trained on; name it with --dataset")
-    for address in places.values():
-        if not is_remote(address) and not Path(address).is_dir():
-            raise ValueError(f"{address}: the dataset of {run_directory} is not there; name its place with --dataset")
+    known = {name: entry["directory"] for name, entry in recorded.items()}
+    places = present_places(run_directory, known, given)
     return {name: open_store(place, config) for name, place in places.items()}
 
 

@@ -125,8 +125,8 @@ def verify_tells(directory: Path) -> list[str]:
     except ValueError as error:
         return [str(error)]
     items = [*items_of(manifest), *packed_items(store, manifest, problems)]
-    unlisted_files(directory, items)
-    verifier = Verifier(str(directory))
+    unlisted_files(store, items)
+    verifier = Verifier(directory)
     problems += [problem for item in items for problem in verifier(item).problems]
     assert all("\n" not in problem for problem in problems)
     return problems
