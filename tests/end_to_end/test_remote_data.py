@@ -12,7 +12,7 @@ import pytest
 from data.config import DataConfig
 from data.prepare import prepare
 from tests.data.faulty_server import Fault, FaultyServer, serving
-from tests.end_to_end.runs import WarmProcess, history, lockstep, tiny_gpt, write_recipe
+from tests.end_to_end.runs import WarmProcess, environment, history, lockstep, tiny_gpt, write_recipe
 
 SHARD_BYTES = 1500
 
@@ -62,9 +62,16 @@ def test_a_run_from_an_address_is_the_run_from_the_directory(
     assert history(tmp_path / "run") == history(tmp_path / "local")
     assert 0 < sum(path.stat().st_size for path in (cache / "files").iterdir()) <= limit
     identity = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert identity["datasets"][""]["directory"] == server.address
+    assert identity["attempts"][-1]["datasets"][""]["directory"] == server.address
     told = warm.lockstep("evaluate", "run", cwd=tmp_path).succeeded().out
     assert told == warm.lockstep("evaluate", "run", "--dataset", dataset, cwd=tmp_path).succeeded().out
+    assert "proven: steps 1 to 40 read" in warm.lockstep("data", "audit", "run", cwd=tmp_path).succeeded().out
+    shown = warm.lockstep("data", "order", "run", "--step", 7, "--decode", cwd=tmp_path).succeeded().out
+    assert shown == warm.lockstep("data", "order", "local", "--step", 7, "--decode", cwd=tmp_path).succeeded().out
+    home = environment(XDG_CACHE_HOME=str(tmp_path / "home"))
+    assert f"{server.address}: good; " in warm.lockstep("data", "verify", server.address, cwd=tmp_path, env=home).out
+    there = warm.lockstep("data", "info", server.address, cwd=tmp_path, env=home).succeeded().out
+    assert there == warm.lockstep("data", "info", dataset, cwd=tmp_path).succeeded().out
 
 
 def test_what_is_wrong_is_told_in_a_line(
