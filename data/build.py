@@ -255,7 +255,8 @@ class Builder:
         try:
             check_shard(shard, self.job.dtype)
             if self.job.dtype is None:
-                image_shard = ImageShard(LocalStore(self.workspace.dataset), shard)
+                # How many classes there are is known once all groups are made: any label will do here.
+                image_shard = ImageShard(LocalStore(self.workspace.dataset), shard, classes=1 << 62)
                 for row in range(shard.documents):
                     image_shard.read(row)
         except (ValueError, IndexError):  # CorruptData among them

@@ -34,12 +34,12 @@ def show_info(address: str, split: str | None, examples: int) -> int:
 
 
 def _facts(manifest: Manifest, width: int) -> list[str]:
-    source = f"{manifest.source.address}: {manifest.source.description}"
     lines = [
         f"kind         {manifest.kind}" + (f", {manifest.dtype}" if manifest.dtype else ""),
         f"fingerprint  {manifest.fingerprint}",
-        f"source       {shorten(source, width - 13)}",
     ]
+    for source in manifest.sources:
+        lines.append(f"source       {shorten(f'{source.address}: {source.description}', width - 13)}")
     if manifest.tokenizer is not None:
         tokenizer = manifest.tokenizer
         ends = f"{tokenizer.end_of_document} ends a document"
