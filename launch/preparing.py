@@ -36,16 +36,17 @@ def _open_stream(config: DataConfig) -> Store:
 
 def _refuse_other_preparation(manifest: Manifest, config: DataConfig) -> None:
     """Whatever the recipe says of the preparation of a dataset that it only reads must be true of it."""
-    addresses = tuple(source.address for source in manifest.sources)
     found: dict[str, object] = {
-        "source": addresses[0] if len(addresses) == 1 else addresses,
+        "source": [source.address for source in manifest.sources],
         "tokenizer": manifest.tokenizer.spec if manifest.tokenizer else None,
         "validation_fraction": manifest.validation_fraction,
         "shard_bytes": manifest.shard_bytes,
     }
     for key, value in found.items():
         asked = getattr(config, key)
-        if asked not in (value, DataConfig.model_fields[key].default):
+        if asked == DataConfig.model_fields[key].default:
+            continue
+        if (asked if key != "source" else [source.given for source in config.sources]) != value:
             raise ValueError(
                 f"{config.directory}: prepared with data.{key} {value!r}, but the recipe has {asked!r}; "
                 "change or remove that, or choose another data.directory"

@@ -114,10 +114,10 @@ def test_a_dataset_of_a_newer_version_is_left_alone(
     warm: WarmProcess, own_dataset: Path, recipe: Path, tmp_path: Path
 ) -> None:
     manifest = own_dataset / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 3'))
     before = files_of(own_dataset)
     ended = warm.worker(recipe, f"data.directory={own_dataset}", "run.directory=run", cwd=tmp_path)
-    ended.failed_with(2, str(manifest), "format_version 2 is newer", "update Lockstep")
+    ended.failed_with(2, str(manifest), "format_version 3 is newer", "update Lockstep")
     assert files_of(own_dataset) == before
 
 
