@@ -15,15 +15,26 @@ from data.packing import ensure_packing
 from data.prepare import Part, merge, prepare, prepared_directory
 from data.schedule import Progress
 from data.store import Store, open_store, read_manifest
+from data.vocabulary import prepare_tokenizer
 
 
 def open_streams(config: DataConfig) -> dict[str, Store]:
     """Where the dataset of every stream of a recipe lies, by the stream's name: prepared and packed where that is to be
     done here, and at an address there or not. ValueError where what lies there was prepared otherwise than the recipe says."""
-    stores = {name: _open_stream(stream) for name, stream in config.by_stream().items()}
-    for name, stream in config.by_stream().items():
+    configs = _with_one_tokenizer(config.by_stream())
+    stores = {name: _open_stream(stream) for name, stream in configs.items()}
+    for name, stream in configs.items():
         ensure_packing(stores[name], stream, tell=_say)
     return stores
+
+
+def _with_one_tokenizer(configs: dict[str, DataConfig]) -> dict[str, DataConfig]:
+    """A `bpe:SIZE` of streams that are prepared here is trained on all of them together: mixed streams share one."""
+    local = {name: stream for name, stream in configs.items() if not is_remote(stream.directory)}
+    if len(configs) == 1 or not local or not next(iter(local.values())).tokenizer.startswith("bpe:"):
+        return configs
+    tokenizer = str(prepare_tokenizer(list(local.values()), tell=_say))
+    return configs | {name: stream.model_copy(update={"tokenizer": tokenizer}) for name, stream in local.items()}
 
 
 def _open_stream(config: DataConfig) -> Store:

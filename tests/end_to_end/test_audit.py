@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -22,7 +23,14 @@ from launch.auditing import read_told
 from launch.cli import main
 from launch.planning import plan_file_bytes, read_plan
 from launch.tracking.metrics_file import read_metrics
-from tests.end_to_end.runs import LOCKSTEP, WarmProcess, environment, started, wait_for_step
+from tests.end_to_end.runs import (
+    LOCKSTEP,
+    WarmProcess,
+    environment,
+    started,
+    wait_for_step,
+    wait_until,
+)
 from tests.end_to_end.user_models import write_user_package
 
 Audit = Callable[..., tuple[int, str]]
@@ -62,10 +70,21 @@ def battered(mixture: Path, tmp_path_factory: pytest.TempPathFactory, warm: Warm
             wait_for_step(run, before + 7, attempt, process)
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
+            wait_until(lambda: is_free(run), f"the end of the workers of {run}")
     steps = max(record["step"] for record in read_metrics(run)[0]) + 5
     last = [mixture, f"run.directory={run}", f"run.steps={steps}", *again, "data.streams.code.weight=2"]
     warm.worker(*last, cwd=run.parent).succeeded()
     return run
+
+
+def is_free(run: Path) -> bool:
+    """Whether no process trains in a run directory: one that is killed holds its lock until its last thread is gone."""
+    with (run / "run.lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
 
 
 @pytest.fixture
@@ -219,18 +238,18 @@ def put(path: Path, content: bytes) -> None:
 def test_altered_and_swapped_shards_are_named(battered: Path, audit: Audit, tmp_path: Path) -> None:
     where = data_of(battered, tmp_path / "data")
     assert audit(battered, *where)[0] == 0
-    shard, other = (tmp_path / "data" / "web" / f"train-0000{number}.bin" for number in (1, 2))
+    shard, other = (tmp_path / "data" / "web" / f"train-00000_00{number}.bin" for number in (1, 2))
     content = shard.read_bytes()
     put(shard, content[:600] + bytes([content[600] ^ 1]) + content[601:])
     code, verdict = audit(battered, *where)
     assert code == 78
-    assert re.search(r"what it read cannot be read again: .*web/train-00001.bin: block 0 .* was altered", verdict)
+    assert re.search(r"what it read cannot be read again: .*web/train-00000_001.bin: block 0 .* was altered", verdict)
     put(shard, (other.read_bytes() * 2)[: len(content)])
     code, verdict = audit(battered, *where)
-    assert (code, "train-00001.bin: block 0" in verdict) == (78, True)
+    assert (code, "train-00000_001.bin: block 0" in verdict) == (78, True)
     shard.unlink()
     code, verdict = audit(battered, *where)
-    assert (code, "train-00001.bin: listed in manifest.json but missing" in verdict) == (78, True)
+    assert (code, "train-00000_001.bin: listed in manifest.json but missing" in verdict) == (78, True)
 
 
 def test_a_dataset_signed_anew_is_another_one(battered: Path, audit: Audit, tmp_path: Path) -> None:

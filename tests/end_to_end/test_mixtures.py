@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from data.plan import Plan
 from launch.tracking.metrics_file import read_metrics
-from tests.end_to_end.runs import WarmProcess, digests, lockstep, losses
+from tests.end_to_end.runs import WarmProcess, digests, lockstep, losses, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,21 @@ def test_weights_change_on_resume_and_what_was_read_stays(
     plan = Plan.from_json(json.dumps(state["plan"]))
     assert [segment.start_position for segment in plan.segments] == [0, 48]
     assert sum(plan.consumed(96)) == 96
+
+
+def test_one_tokenizer_is_trained_on_all_streams(mixture: Path, tmp_path: Path, warm: WarmProcess) -> None:
+    recipe = yaml.safe_load(mixture.read_text())
+    recipe["data"]["tokenizer"] = "bpe:300"
+    recipe["data"].update(sequence_tokens=16, lanes=2)
+    for name, stream in recipe["data"]["streams"].items():
+        stream["directory"] = str(tmp_path / name)
+    path = write_recipe(tmp_path / "bpe.yaml", recipe)
+    for run in ("first", "again"):  # the second time everything is there
+        warm.worker(path, f"run.directory={run}", "run.steps=2", cwd=tmp_path).succeeded()
+    assert digests(tmp_path / "first") == digests(tmp_path / "again")
+    (trained,) = (tmp_path / "prepared").iterdir()
+    for name in ("web", "code"):
+        assert (tmp_path / name / "tokenizer.json").read_bytes() == trained.read_bytes()
 
 
 def test_mistakes_are_told_before_anything_starts(mixture: Path, tmp_path: Path, warm: WarmProcess) -> None:

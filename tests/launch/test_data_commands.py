@@ -95,22 +95,22 @@ def test_verify_lists_every_problem(texts: Path, tmp_path: Path, say: Say, worke
     code, lines = say("verify", directory, "--workers", workers)
     assert (code, len(lines)) == (0, 1)
     assert lines[0].startswith(f"{directory}: good; ")
-    for name in ("train-00001.bin", "validation-00000.docs", "packing-best_fit-T16-train-00000.index"):
+    for name in ("train-00000_001.bin", "validation-00000.docs", "packing-best_fit-T16-train-00000.index"):
         content = bytearray((directory / name).read_bytes())
         content[9] ^= 4
         (directory / name).write_bytes(content)
-    (directory / "train-00002.docs").unlink()
-    (directory / "train-00003.bin").write_bytes(b"short")
+    (directory / "train-00000_002.docs").unlink()
+    (directory / "train-00000_003.bin").write_bytes(b"short")
     (directory / "notes.txt").write_text("mine")
     code, lines = say("verify", directory, "--workers", workers)
     assert code == 78
     problems = [line for line in lines if line.startswith("BAD: ")]
     for name, why in (
-        ("train-00001.bin", "block 0 of 1 (1 MiB each) altered"),
+        ("train-00000_001.bin", "block 0 of 1 (1 MiB each) altered"),
         ("validation-00000.docs", "block 0 of 1"),
         ("packing-best_fit-T16-train-00000.index", "block 0 of 1"),
-        ("train-00002.docs", "missing"),
-        ("train-00003.bin", "bytes short of"),
+        ("train-00000_002.docs", "missing"),
+        ("train-00000_003.bin", "bytes short of"),
     ):
         assert sum(name in problem and why in problem for problem in problems) == 1
     assert len(problems) == 5
@@ -132,7 +132,7 @@ def recipe(texts: Path, tmp_path: Path) -> Path:
     """A mixture of the texts and of others, with a small batch."""
     source = write_jsonl(tmp_path / "more.jsonl", [lorem(number) for number in range(50, 90)])
     other, _ = prepared_tokens(tmp_path, source=f"jsonl:{source}#text", shard_bytes=3000)
-    of_texts = json.loads((texts / "manifest.json").read_text())["manifest"]["source"]["address"]
+    of_texts = json.loads((texts / "manifest.json").read_text())["manifest"]["sources"][0]["address"]
     values = {
         "run": {"name": "x", "steps": 10},
         "model": {"kind": "transformer", "layers": 1, "width": 16, "heads": 2},
@@ -204,7 +204,7 @@ def test_order_is_what_the_stream_reads(recipe: Path, say: Say, world_size: int)
                         "position": str(batch.positions[slot]),
                         "stream": name,
                         "sample": str(sample_id),
-                        "shard": f"train-{shard:05d}.bin",
+                        "shard": f"train-00000_{shard:03d}.bin" if shard else "train-00000.bin",
                         "row": str(sample_id - (ends[shard] - datasets[name].shard_samples[shard])),
                         "content": text.replace("\n", "\\n").strip(),
                     }
@@ -231,7 +231,7 @@ def test_order_of_a_far_step_and_with_overrides(recipe: Path, say: Say) -> None:
 def test_order_of_images(images: Path, tmp_path: Path, say: Say) -> None:
     manifest = json.loads((images / "manifest.json").read_text())["manifest"]
     given = {
-        "data.source": manifest["source"]["address"],
+        "data.source": manifest["sources"][0]["address"],
         "data.directory": images,
         "data.validation_fraction": 0.4,
         "batch.global_samples": 5,
