@@ -113,6 +113,7 @@ def _add_prepare_command(commands: argparse._SubParsersAction[argparse.ArgumentP
     prepare.add_argument(
         "--part", metavar="I/N", help="only the share I, from 1 to N, of a job array; then `lockstep data merge DIR`"
     )
+    _add_pack_tokens(prepare)
     prepare.set_defaults(run=_prepare)
 
 
@@ -128,6 +129,7 @@ def _add_data_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
     )
     merge.add_argument("directory", type=Path, metavar="DIR", help="the dataset's directory, as it was given by --out")
     merge.add_argument("--workers", type=int, metavar="N", help="worker processes (default: one for each core)")
+    _add_pack_tokens(merge)
     merge.set_defaults(run=_merge)
     info = actions.add_parser("info", allow_abbrev=False, help="what a dataset is made of, and some of it decoded")
     info.add_argument("address", metavar="DATASET", help="its directory, or an address such as s3://BUCKET/PLACE")
@@ -168,6 +170,23 @@ def _add_datasets(parser: argparse.ArgumentParser) -> None:
         metavar="[STREAM=]DIR",
         help="where the run's dataset lies now, if it was moved; of a mixture, once for each stream that was",
     )
+
+
+def _add_pack_tokens(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pack-tokens",
+        type=_sequence_tokens,
+        action="append",
+        default=[],
+        metavar="T",
+        help="also pack documents into sequences of T tokens, for data.packing=best_fit; may be repeated",
+    )
+
+
+def _sequence_tokens(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
+    return int(text)
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
@@ -248,15 +267,25 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from launch.preparing import prepare_and_tell
 
     part = None if arguments.part is None else Part.parse(arguments.part)
-    print(prepare_and_tell(config, workers=workers, part=part))
+    if part is not None and arguments.pack_tokens:
+        raise ValueError(
+            "--pack-tokens needs the whole dataset; give it to `lockstep data merge` instead of to a --part"
+        )
+    from launch.preparing import pack_and_tell
+
+    directory = prepare_and_tell(config, workers=workers, part=part)
+    pack_and_tell(directory, arguments.pack_tokens)
+    print(directory)
     return 0
 
 
 def _merge(arguments: argparse.Namespace) -> int:
     workers = _count_workers(arguments.workers)
-    from launch.preparing import merge_and_tell
+    from launch.preparing import merge_and_tell, pack_and_tell
 
-    print(merge_and_tell(arguments.directory, workers=workers))
+    directory = merge_and_tell(arguments.directory, workers=workers)
+    pack_and_tell(directory, arguments.pack_tokens)
+    print(directory)
     return 0
 
 

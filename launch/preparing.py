@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from data.addresses import is_remote
@@ -14,7 +14,7 @@ from data.manifest import Manifest
 from data.packing import ensure_packing
 from data.prepare import Part, merge, prepare, prepared_directory
 from data.schedule import Progress
-from data.store import Store, open_store, read_manifest
+from data.store import LocalStore, Store, open_store, read_manifest
 from data.vocabulary import prepare_tokenizer
 
 
@@ -84,6 +84,13 @@ def merge_and_tell(directory: Path, *, workers: int | None = None) -> Path:
     merge(directory, workers=workers)
     _say(f"merged {directory}: every byte verified in {time.monotonic() - begun:.1f} s")
     return directory
+
+
+def pack_and_tell(directory: Path, sequence_tokens: Sequence[int]) -> None:
+    """The packing index of a prepared dataset for sequences of each of these lengths."""
+    for tokens in sequence_tokens:
+        config = DataConfig(packing="best_fit", sequence_tokens=tokens)
+        ensure_packing(LocalStore(directory), config, tell=_say)
 
 
 def _say(line: str) -> None:

@@ -15,7 +15,7 @@ import yaml
 
 from data.config import DataConfig
 from data.dataset import open_dataset
-from data.packing import ensure_packing
+from data.packing import ensure_packing, head_name
 from data.plan import Plan
 from data.prepare import prepare
 from data.store import LocalStore
@@ -271,3 +271,25 @@ def test_they_need_no_torch(texts: Path) -> None:
             "assert 'torch' not in sys.modules"
         )
         subprocess.run([sys.executable, "-c", code, "data", *words], check=True)
+
+
+def test_documents_are_packed_when_a_dataset_is_prepared(
+    texts: Path, tmp_path: Path, say: Say, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = json.loads((texts / "manifest.json").read_text())["manifest"]["sources"][0]["address"]
+    words = ["prepare", source, "--out", str(tmp_path / "packed"), "--pack-tokens", "16", "--pack-tokens", "24"]
+    assert main(words) == 0
+    heads = [tmp_path / "packed" / head_name(tokens) for tokens in (16, 24)]
+    assert all(head.is_file() for head in heads)
+    assert say("verify", tmp_path / "packed")[0] == 0
+    parts = [["prepare", source, "--out", str(tmp_path / "parts"), "--part", f"{part}/2"] for part in (1, 2)]
+    assert [main(part) for part in parts] == [0, 0]
+    assert main(["data", "merge", str(tmp_path / "parts"), "--pack-tokens", "16", "--pack-tokens", "24"]) == 0
+    for head in heads:
+        assert (tmp_path / "parts" / head.name).read_bytes() == head.read_bytes()
+    assert main([*parts[0], "--pack-tokens", "16"]) == 2
+    with pytest.raises(SystemExit):
+        main([*words[:-1], "0"])
+    told = capsys.readouterr().err
+    assert "give it to `lockstep data merge`" in told
+    assert "--pack-tokens: 0: must be a whole number of at least 1" in told
