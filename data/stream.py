@@ -2,9 +2,8 @@
 
 import itertools
 import math
-import queue
-import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from data.digest import STREAM_SHIFT, fold_samples, mix_samples
 from data.lookahead import LookAhead
 from data.plan import Plan
+from data.prefetch import Prefetch
 from data.reading import Reader
 from data.samples import Dataset, Fields, Hashes
 from data.steps import Samples, Share, StepBlock, Steps
@@ -106,7 +106,7 @@ class Stream:
         self._world_size, self._micro_samples = world_size, micro_samples
         self._position, self._stop_position = position, stop_position
         self._count_items, self._reduce_items = count_items, reduce_items
-        self._prefetch_steps, self._pin_memory = prefetch_steps, pin_memory
+        self._pin_memory = pin_memory
         self._check_micro_samples()
         self._reader = Reader(datasets, plan, position, stop_position)
         self._steps = Steps(
@@ -127,38 +127,16 @@ class Stream:
             position=position,
             stop_position=stop_position,
         )
-        # First in, first out: permits to make one more chunk (True), then at most one request to end (False). Ranks
-        # that stop at the same step have given the same permits, so their threads make the same calls of reduce_items.
-        self._permits: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._chunks: queue.SimpleQueue[Iterator[GlobalStep] | BaseException | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._closed = False
+        depth_chunks = math.ceil(prefetch_steps / self._chunk_steps())
+        self._prefetch = Prefetch(self._chunks, depth_chunks, together=reduce_items is not None)
 
     def __iter__(self) -> Iterator[GlobalStep]:
         """Yield the global steps. An exception of the thread is raised here unchanged. A stream is read once."""
-        if self._thread is not None:
-            raise ValueError("a Stream is read once; make another one at the position to continue from")
-        if self._closed:
-            return
-        self._thread = threading.Thread(target=self._run, name="lockstep-prefetch", daemon=True)
-        for _ in range(self._depth_chunks()):
-            self._permits.put(True)
-        self._thread.start()
-        while (chunk := self._chunks.get()) is not None:
-            if isinstance(chunk, BaseException):
-                raise chunk
-            self._permits.put(True)
-            yield from chunk
+        return iter(self._prefetch)
 
     def close(self) -> None:
         """End the thread. Steps already permitted are finished first where other ranks may be waiting for them."""
-        if self._closed:
-            return
-        self._closed = True
-        self._permits.put(False)
-        if self._thread is not None and self._thread is not threading.current_thread():
-            # If another rank has died, the thread may wait in reduce_items for ever; it is a daemon for that case.
-            self._thread.join(timeout=10.0)
+        self._prefetch.close()
 
     def _check_micro_samples(self) -> None:
         later = [s for s in self._plan.segments if self._position < s.start_position < self._stop_position]
@@ -177,18 +155,8 @@ class Stream:
         """Steps of a full chunk: the same number on every rank, because it is also how reduce_items is batched."""
         return max(1, min(CHUNK_STEPS, CHUNK_BYTES // (self._part_samples() * self._reader.sample_bytes)))
 
-    def _depth_chunks(self) -> int:
-        return math.ceil(self._prefetch_steps / self._chunk_steps())
-
-    def _run(self) -> None:
-        try:
-            for block, start, stop in self._ranges():
-                if not self._permits.get() or (self._closed and self._reduce_items is None):
-                    break
-                self._chunks.put(self._make_chunk(block, start, stop))
-            self._chunks.put(None)
-        except BaseException as error:  # handed to the consumer, who raises it
-            self._chunks.put(error)
+    def _chunks(self) -> Iterator[Callable[[], Iterator[GlobalStep]]]:
+        return (partial(self._make_chunk, *chunk) for chunk in self._ranges())
 
     def _ranges(self) -> Iterator[tuple[StepBlock, int, int]]:
         """Steps [start, stop) of a block that make a chunk. The first chunks are short: the first step comes soon."""
