@@ -37,6 +37,14 @@ TIMED_PROTOCOLS = ("http://", "https://", "s3://", "s3a://", "gs://", "gcs://")
 MINIMUM_BPE_SIZE = 257
 
 
+# Keys that say how a dataset is prepared or ordered, and those that only a stream without either has.
+_ONLY_PREPARED = (
+    "directory", "streams", "max_epochs", "order", "lanes", "window_shards", "shard_bytes", "packing",
+    "separate_documents", "augmentation", "workers",
+)  # fmt: skip
+_ONLY_STREAMED = ("streaming_parts", "shuffle_buffer_samples")
+
+
 @dataclass(frozen=True)
 class SourceAddress:
     """A parsed source address.
@@ -206,6 +214,18 @@ class DataConfig(BaseModel):
     workers: int = Field(
         0, ge=0, le=256, description="threads per rank that decode and augment images; 0: the prefetch thread itself"
     )
+    streaming: bool = Field(
+        False,
+        description="read hf:NAME as it comes while training, without preparing it; see README for what that costs",
+    )
+    streaming_parts: int | None = Field(
+        None,
+        ge=1,
+        description="streaming: parts that are read side by side; null: one for each worker of the first start",
+    )
+    shuffle_buffer_samples: int = Field(
+        0, ge=0, description="streaming: documents or images of a part that are shuffled together; 0: as they come"
+    )
     prefetch_steps: int = Field(2, ge=1, description="global steps made ready ahead of the training step")
     shard_bytes: int = Field(67_108_864, ge=1, description="a shard is closed before a document would pass this")
     cache_directory: Path | None = Field(
@@ -235,6 +255,39 @@ class DataConfig(BaseModel):
         """The names of the splits that preparing makes, sorted."""
         divided = DIVIDED if any(source.into is None for source in self.sources) else ()
         return tuple(sorted({*divided, *(source.into for source in self.sources if source.into is not None)}))
+
+    @model_validator(mode="after")
+    def _refuse_what_streaming_cannot(self) -> "DataConfig":
+        keys = (*_ONLY_PREPARED, *self._remote_keys()) if self.streaming else _ONLY_STREAMED
+        defaults = {name: type(self).model_fields[name].default for name in keys}
+        # Where the place is an address, that is what is refused, and not the order that follows from it.
+        defaults |= {"order": _default_order(dict(self))} if self.streaming else {}
+        given = [name for name in keys if getattr(self, name) != defaults[name]]
+        if given:
+            state = "true" if self.streaming else "false"
+            raise ValueError(f"{', '.join(given)} has no effect with data.streaming={state}; remove it")
+        if not self.streaming:
+            return self
+        if len(self.sources) > 1:
+            raise ValueError(
+                f"data.streaming=true reads one source, not several ({self.source_text}); name one, or prepare them"
+            )
+        [source] = self.sources
+        if source.into is not None:
+            raise ValueError(
+                f"data.source={source.given}: with data.streaming=true a source is always divided by content; remove "
+                f"{source.into}="
+            )
+        if source.address.kind != "hf":
+            raise ValueError(
+                f"data.streaming=true reads hf:NAME only, not {source.given!r}; prepare it, or name it as hf:PATH"
+            )
+        if self.tokenizer.startswith("bpe:"):
+            raise ValueError(
+                f"data.tokenizer={self.tokenizer} is trained on the whole corpus, which data.streaming=true does not read "
+                "first; use bytes, a tokenizer.json or a hub name"
+            )
+        return self
 
     @model_validator(mode="after")
     def _refuse_options_of_other_data(self) -> "DataConfig":

@@ -15,6 +15,8 @@ from data.order import GLOBAL_ORDER
 from data.windows import WINDOWED_ORDER
 
 PLAN_VERSION = 2
+# The order of a source that is read as it comes, see data/streaming.py: no function of the plan alone.
+STREAMED_ORDER = "streamed-1"
 
 
 class _Part(BaseModel):

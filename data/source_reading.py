@@ -57,7 +57,7 @@ class UnitInput:
         return cls(**{**values, "files": tuple(SourceFile(*file) for file in values["files"])})
 
 
-def read_unit(unit: UnitInput) -> Iterator[Document] | Iterator[EncodedImage]:
+def read_unit(unit: UnitInput) -> Iterator[Document | EncodedImage]:
     """The documents or images of a unit; a ValueError of one line names the file that is not what it should be."""
     if unit.form == "digits":
         return _digits()

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from data.mixture import Mixture
 from data.order import GLOBAL_ORDER, GlobalOrder, Order
-from data.plan import Plan, Segment, StreamPart
+from data.plan import STREAMED_ORDER, Plan, Segment, StreamPart
 from data.windows import WINDOWED_ORDER, WindowedOrder
 
 Integers = npt.NDArray[np.int64]
@@ -256,6 +256,8 @@ def samples_of_step(plan: Plan, shard_samples: Sequence[Integers | None], stop_p
     segment = plan.segment_at(stop_position - 1)
     begun = (stop_position - 1 - segment.start_position) // segment.global_samples
     first = segment.start_position + begun * segment.global_samples
+    if segment.streams[0].order == STREAMED_ORDER:  # its samples have no ids but their positions
+        return [("", position) for position in range(first, stop_position)]
     steps = Steps(plan, shard_samples, rank=0, world_size=1, micro_samples=1, stop_position=stop_position)
     samples = steps.block(first, 1).samples
     names = [plan.streams[stream].name for stream in samples.streams]

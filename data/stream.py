@@ -181,7 +181,7 @@ class Stream:
         if self._pin_memory:
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         several = len(self._plan.streams)
-        batches, parts, folds = _cut(shares, tensors, samples, hashes, several)
+        batches, parts, folds = cut_micro_batches(shares, tensors, samples, hashes, several)
         firsts, step_samples = block.firsts[start:stop], block.step_samples[start:stop]
         if several > 1:
             items = self._reduce(self._count_by_stream(samples, shares, fields))
@@ -241,7 +241,7 @@ class Stream:
             )
 
 
-def _cut(
+def cut_micro_batches(
     shares: list[Share], tensors: dict[str, torch.Tensor], samples: Samples, hashes: Hashes, stream_count: int
 ) -> tuple[list[dict[str, torch.Tensor]], Iterator[tuple[MicroBatch, ...]], list[int]]:
     """Of consecutive steps: the batches, as views of the chunk's tensors, each step's micro-batches and its fold."""

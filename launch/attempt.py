@@ -20,6 +20,7 @@ from launch.console import Progress
 from launch.ending import Ending
 from launch.evaluation import evaluate_streams
 from launch.exit_codes import DO_NOT_RESTART, RunEnded
+from launch.feed import Feed
 from launch.ledger import Ledger
 from launch.materials import Materials
 from launch.recipe import hash_recipe
@@ -46,6 +47,7 @@ class Attempt:
     plan: Plan
     ledger: Ledger
     stop: StopRequest
+    feed: Feed
     progress: Progress | None = None
     tracking: Tracking | None = None
     resumed_from: Path | None = None
@@ -137,6 +139,7 @@ class Attempt:
                 "ledger": self.ledger.as_scalars(),
                 "plan": json.loads(self.plan.to_json()),
                 "first_evaluation": self.first_evaluation,
+                "parts": self.feed.parts_at(self.ledger.position),
             },
             fields={
                 "world": self.world.size,

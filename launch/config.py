@@ -93,6 +93,16 @@ class RunConfig(_Section):
                     f"data.source={data.source_text}: gives no split {' and no split '.join(missing)}, and training needs "
                     f"both train and validation; add a source for it, such as {missing[0]}=ADDRESS"
                 )
+        if self.data.streaming and self.evaluation.samples is None:
+            raise ValueError(
+                "evaluation.samples is not set; with data.streaming=true it says how many validation samples to collect from "
+                "the beginning of the stream"
+            )
+        if self.data.streaming and self.batch.global_samples < (self.data.streaming_parts or 1):
+            raise ValueError(
+                f"data.streaming_parts {self.data.streaming_parts} is more than batch.global_samples "
+                f"{self.batch.global_samples}: some parts would never be read; lower it"
+            )
         if self.evaluation.generated_tokens and self.task.kind == "classification":
             raise ValueError("evaluation.generated_tokens has no effect with task.kind classification; remove it")
         return self

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from data.dataset import open_dataset
-from data.samples import Dataset
+from data.samples import Dataset, DatasetFacts
 from data.store import Store, read_manifest
 from data.tokenizers import Tokenizer, load_tokenizer
 from launch.config import RunConfig
 from models.build import InputShape, build_model
 from models.tasks import Task, build_task
+
+if TYPE_CHECKING:
+    from data.streamed import StreamedSource
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,19 @@ class Materials:
     """Opened data and the makers of model and task that fit it."""
 
     training: Mapping[str, Dataset]
-    """By the name of the stream, which is empty where there is only one."""
+    """By the name of the stream, which is empty where there is only one. Empty where `streamed` is read instead."""
     validation: Mapping[str, Dataset]
     tokenizer: Tokenizer | None
     shape: InputShape
     task: Task
     make_model: Callable[[], nn.Module]
+    streamed: StreamedSource | None = None
+    """The source that is read as it comes, where the recipe asks for that."""
+
+    @property
+    def sources(self) -> Mapping[str, Dataset | StreamedSource]:
+        """What is trained on, by the name of the stream."""
+        return self.training if self.streamed is None else {"": self.streamed}
 
     @property
     def item_name(self) -> str:
@@ -34,13 +45,36 @@ class Materials:
 
 
 def open_materials(config: RunConfig, stores: Mapping[str, Store]) -> Materials:
-    """Opens the prepared datasets of all streams and fits model and task to them. Raises ValueError, in one line, where
-    they do not fit."""
+    """Opens the prepared datasets of all streams, or the source that is read as it comes, and fits model and task to them.
+    Raises ValueError, in one line, where they do not fit."""
+    if config.data.streaming:
+        return _open_streamed(config)
     configs = config.data.by_stream()
     training = {name: open_dataset(store, configs[name], "train") for name, store in stores.items()}
     validation = {name: open_dataset(store, configs[name], "validation") for name, store in stores.items()}
     _refuse_unlike(training)
     facts = next(iter(training.values())).facts
+    tokenizer = _common_tokenizer(stores) if facts.kind == "tokens" else None
+    return _fit(config, facts, training, validation, tokenizer)
+
+
+def _open_streamed(config: RunConfig) -> Materials:
+    from data.streamed import StreamedSource  # takes `datasets` along, which takes a second
+
+    streamed = StreamedSource(config.data)
+    assert config.evaluation.samples is not None
+    validation = {"": streamed.validation(config.evaluation.samples)}
+    return _fit(config, streamed.facts, {}, validation, streamed.tokenizer, streamed)
+
+
+def _fit(
+    config: RunConfig,
+    facts: DatasetFacts,
+    training: Mapping[str, Dataset],
+    validation: Mapping[str, Dataset],
+    tokenizer: Tokenizer | None,
+    streamed: StreamedSource | None = None,
+) -> Materials:
     shape = InputShape(
         vocabulary_size=facts.vocabulary_size,
         sequence_tokens=facts.sequence_tokens,
@@ -49,12 +83,11 @@ def open_materials(config: RunConfig, stores: Mapping[str, Store]) -> Materials:
         image_size_pixels=facts.image_size_pixels,
         classes=facts.classes,
     )
-    tokenizer = _common_tokenizer(stores) if facts.kind == "tokens" else None
     task = build_task(
         config.task, token_bytes=None if tokenizer is None else tokenizer.token_bytes(), classes=facts.classes
     )
     task.example(shape, 1)  # a task of another kind of data says so, before a run is begun
-    return Materials(training, validation, tokenizer, shape, task, lambda: build_model(config.model, shape))
+    return Materials(training, validation, tokenizer, shape, task, lambda: build_model(config.model, shape), streamed)
 
 
 def _refuse_unlike(datasets: Mapping[str, Dataset]) -> None:

@@ -5,36 +5,40 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data.epochs import refuse_too_many_epochs
 from data.errors import CorruptData
 from data.mixture import BLOCK_SAMPLES, quotas_of
 from data.order import GLOBAL_ORDER
-from data.plan import Plan, Segment, StreamPart
+from data.plan import STREAMED_ORDER, Plan, Segment, StreamPart
 from data.samples import Dataset
 from data.steps import order_of
 from data.windows import WINDOWED_ORDER
 from launch.config import RunConfig
 
+if TYPE_CHECKING:
+    from data.streamed import StreamedSource
+
 PLAN_FILE = "plan.json"
 """In a run's directory: the plan of its newest attempt, and the plan's hash."""
 
 
-def segment_of(config: RunConfig, training: Mapping[str, Dataset], start_position: int = 0) -> Segment:
-    """What the recipe asks for from a position on; `training` holds each stream's dataset."""
+def segment_of(config: RunConfig, sources: Mapping[str, Dataset | StreamedSource], start_position: int = 0) -> Segment:
+    """What the recipe asks for from a position on; `sources` holds what each stream reads."""
     data = config.data
     windowed = data.order == "windowed"
     weights = {name: stream.weight for name, stream in data.streams.items()} or {"": 1.0}
     streams = [
         StreamPart(
             name=name,
-            fingerprint=training[name].fingerprint,
+            fingerprint=sources[name].fingerprint,
             quota=quota,
-            order=WINDOWED_ORDER if windowed else GLOBAL_ORDER,
+            order=STREAMED_ORDER if data.streaming else WINDOWED_ORDER if windowed else GLOBAL_ORDER,
             lanes=data.lanes if windowed else None,
             window_shards=data.window_shards if windowed else None,
-            sequence_tokens=training[name].facts.sequence_tokens,
-            packing=training[name].packing_identity,
+            sequence_tokens=sources[name].facts.sequence_tokens,
+            packing=sources[name].packing_identity,
         )
         for name, quota in zip(weights, quotas_of(weights), strict=True)
     ]

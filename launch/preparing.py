@@ -20,7 +20,10 @@ from data.vocabulary import prepare_tokenizer
 
 def open_streams(config: DataConfig) -> dict[str, Store]:
     """Where the dataset of every stream of a recipe lies, by the stream's name: prepared and packed where that is to be
-    done here, and at an address there or not. ValueError where what lies there was prepared otherwise than the recipe says."""
+    done here, and at an address there or not. ValueError where what lies there was prepared otherwise than the recipe says.
+    Nowhere where the source is read as it comes."""
+    if config.streaming:
+        return {}
     configs = _with_one_tokenizer(config.by_stream())
     stores = {name: _open_stream(stream) for name, stream in configs.items()}
     for name, stream in configs.items():

@@ -29,13 +29,14 @@ _RULES: dict[Verdict, tuple[str, ...]] = {
     "needs --allow-change": (
         "run.steps", "run.deterministic", "batch.global_samples", "optimizer.", "schedule.", "parallel.precision",
         "task.label_smoothing", "model.dropout", "data.max_epochs", "data.streams.", "data.augmentation.",
+        "data.streaming_parts",
     ),
     # It would not be the same run: other samples, another function, or state that fits no more.
     "impossible": (
         "run.seed", "model.", "task.", "data.tokenizer", "data.validation_fraction", "data.sequence_tokens",
         "data.image_size_pixels", "data.image_channels", "data.shorter_side_pixels", "data.interpolation",
         "data.shard_bytes", "data.order", "data.lanes", "data.window_shards", "data.packing",
-        "data.separate_documents", "optimizer.kind",
+        "data.separate_documents", "data.streaming", "data.shuffle_buffer_samples", "optimizer.kind",
     ),
 }  # fmt: skip
 _VERDICTS: dict[str, Verdict] = {rule: verdict for verdict, rules in _RULES.items() for rule in rules}

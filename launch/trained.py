@@ -52,14 +52,18 @@ def load_trained(run_directory: Path, checkpoint: Path | None, datasets: Sequenc
         )
     config = parse_recipe(parse_yaml(recipe.read_text(), f"recipe {recipe}"), source=f"recipe {recipe}")
     world = single_process_world(device)
-    stores = _dataset_stores(run_directory, datasets, config.data)
+    if config.data.streaming and datasets:
+        raise ValueError(
+            f"--dataset {datasets[0]}: {run_directory} reads {config.data.source_text} as it comes; remove it"
+        )
+    stores = {} if config.data.streaming else _dataset_stores(run_directory, datasets, config.data)
     for store in stores.values():
         ensure_packing(store, config.data)
     materials = open_materials(config, stores)
     module = make_initialised_model(materials.make_model, config.run.seed, world.device)
     found = _load_checkpoint(run_directory, checkpoint, module, world)
     for stream in Plan.from_json(json.dumps(found.scalars["plan"])).segments[-1].streams:
-        dataset = materials.training.get(stream.name)
+        dataset = materials.sources.get(stream.name)
         if dataset is not None and dataset.fingerprint != stream.fingerprint:
             raise ValueError(
                 f"{dataset.address}: not the dataset that {found.path} was trained on (it is "

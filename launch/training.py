@@ -12,10 +12,8 @@ from typing import Any
 import torch
 
 from data.addresses import is_remote
-from data.downloads import describe_downloads
 from data.plan import Plan
-from data.store import open_cache
-from data.stream import Stream, evaluation_batches
+from data.stream import evaluation_batches
 from distrib.checkpoint import Checkpoint, load_tensors, newest_good_checkpoint, open_checkpoint
 from distrib.engine import CanonicalState, EngineSetup
 from distrib.engines import make_engine
@@ -27,10 +25,11 @@ from launch.config import RunConfig
 from launch.console import Progress
 from launch.ending import Ending, ending_of_failure, ending_of_run, write_outcome
 from launch.exit_codes import DO_NOT_RESTART, RunEnded
+from launch.feed import make_feed
 from launch.ledger import Ledger
 from launch.materials import Materials, open_materials
 from launch.meter import Meter
-from launch.planning import PLAN_FILE, check_orders, continue_plan, describe_epochs, plan_file_bytes, segment_of
+from launch.planning import PLAN_FILE, continue_plan, plan_file_bytes, segment_of
 from launch.preparing import open_streams
 from launch.recipe import dump_recipe, parse_recipe
 from launch.resume import refuse_impossible_changes
@@ -109,8 +108,9 @@ def _set_up(config: RunConfig, world: World, run: RunDirectory, materials: Mater
             seed=config.run.seed,
         )
     )
-    plan = Plan.of([segment_of(config, materials.training)])
-    return Attempt(config, world, run, materials, engine, plan, Ledger(), stop)
+    plan = Plan.of([segment_of(config, materials.sources)])
+    feed = make_feed(config, materials, world)
+    return Attempt(config, world, run, materials, engine, plan, Ledger(), stop, feed)
 
 
 def _resume(attempt: Attempt, resume: Resume, *, allow_change: bool) -> None:
@@ -159,10 +159,12 @@ def _take_over(attempt: Attempt, checkpoint: Checkpoint, *, allow_change: bool) 
     engine.load_state(CanonicalState(tensors, engine_scalars))
     attempt.ledger = Ledger(**checkpoint.scalars["ledger"])
     plan = Plan.from_json(json.dumps(checkpoint.scalars["plan"]))
-    wanted = segment_of(config, attempt.materials.training, start_position=attempt.ledger.position)
+    wanted = segment_of(config, attempt.materials.sources, start_position=attempt.ledger.position)
     attempt.plan = continue_plan(plan, wanted, checkpoint.path)
     attempt.resumed_from, attempt.saved_step = checkpoint.path, attempt.ledger.step
     attempt.first_evaluation = checkpoint.scalars["first_evaluation"]
+    for line in attempt.feed.take_over(checkpoint.scalars["parts"], checkpoint.path, allow_change=allow_change):
+        attempt.say(line)
 
 
 def _recipe_changes(config: RunConfig, checkpoint: Checkpoint, *, allow_change: bool) -> list[str]:
@@ -177,16 +179,7 @@ def _recipe_changes(config: RunConfig, checkpoint: Checkpoint, *, allow_change: 
 def _check_plan(attempt: Attempt, nodes: int) -> list[str]:
     """What the run will read of each stream, and fetch to each of so many nodes. Raises ValueError where it cannot or
     may not."""
-    config, training, stop = attempt.config, attempt.materials.training, _stop_position(attempt)
-    check_orders(attempt.plan, training)
-    return describe_epochs(config, attempt.plan, training, stop) + describe_downloads(
-        attempt.plan,
-        training,
-        position=attempt.ledger.position,
-        stop_position=stop,
-        nodes=nodes,
-        cache=open_cache(config.data),
-    )
+    return attempt.feed.check(attempt.plan, attempt.ledger.position, _stop_position(attempt), nodes)
 
 
 def _stop_position(attempt: Attempt) -> int:
@@ -250,19 +243,7 @@ def _train(attempt: Attempt) -> None:
         attempt.engine.dry_run(_example_micro_batch(attempt))
     if ledger.step == 0:
         attempt.evaluate()
-    stream = Stream(
-        attempt.materials.training,
-        attempt.plan,
-        rank=world.data_rank,
-        world_size=world.data_size,
-        micro_samples=config.batch.micro_samples,
-        position=ledger.position,
-        stop_position=_stop_position(attempt),
-        count_items=attempt.materials.task.items,
-        reduce_items=world.sum_in_prefetch_thread if world.size > 1 else None,
-        prefetch_steps=config.data.prefetch_steps,
-        pin_memory=world.device.type == "cuda",
-    )
+    stream = attempt.feed.open(attempt.plan, ledger.position, _stop_position(attempt))
     try:
         loop.train(
             attempt.engine,
