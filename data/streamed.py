@@ -177,23 +177,30 @@ class StreamedSource:
     def part(self, number: int, parts: int) -> datasets.IterableDataset:
         """Part `number` of `parts`: together they hold every example once."""
         strategy: Literal["shards", "examples"] = "shards" if self.shares_shards(parts) else "examples"
-        return split_dataset_by_node(self._stream.dataset, number, parts, strategy)
+        # The one shard of one is the whole stream with a place of its own: parts that are split from one stream and read side
+        # by side would all move the place which that keeps, and lose examples (datasets 5.2.0).
+        whole = self._stream.dataset.shard(num_shards=1, index=0)
+        return split_dataset_by_node(whole, number, parts, strategy)
 
     def read(self, part: datasets.IterableDataset, split: str) -> Iterator[tuple[Example, bytes] | None]:
-        """The examples of a part, each with its content; None for one that is empty or belongs to another split."""
+        """The examples of a part, each with its content; None for one that is empty or belongs to another split.
+
+        CorruptData where the source holds what cannot be read, whichever library finds that.
+        """
         try:
             for example in self._stream.read(part, f"hf:{self._stream.name}"):
                 content = self.form.content(example)
                 yield (example, content) if content and split_of(content, self._validation_fraction) == split else None
         except ValueError as error:
-            raise CorruptData(str(error)) from error
+            told = " ".join(str(error).split())
+            raise CorruptData(told if told.startswith("source ") else f"source {self.address}: {told}") from error
 
     def validation(self, samples: int) -> "CollectedSamples":
         """The first `samples` validation samples from the beginning of the stream, or as many as there are."""
         chosen: list[Units] = []
         read = units = 0
         wanted = samples * self.form.stride + self.form.overlap
-        for found in self.read(self._stream.dataset, "validation"):
+        for found in self.read(self.part(0, 1), "validation"):
             read += 1
             if found is not None:
                 chosen.append(self.form.units([found[0]]))
@@ -227,8 +234,12 @@ class CollectedSamples:
         self.sample_bytes = size_bytes // self.samples
 
     def gather(self, sample_ids: SampleIds, choices: Choices | None = None) -> tuple[Fields, Hashes]:
+        hashes = self.content_hashes(sample_ids)
+        return {name: field[sample_ids] for name, field in self._fields.items()}, hashes
+
+    def content_hashes(self, sample_ids: SampleIds) -> Hashes:
         check_range(sample_ids, self.samples)
-        return {name: field[sample_ids] for name, field in self._fields.items()}, self._hashes[sample_ids]
+        return self._hashes[sample_ids]
 
     def mix(self, fields: Fields, partners: SampleIds, words: Hashes) -> Fields:
         raise AssertionError("validation samples are not mixed")

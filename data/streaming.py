@@ -128,11 +128,12 @@ def describe_stream(source: StreamedSource, parts: int, validation: CollectedSam
         if source.shuffle_examples
         else f"{what} come in the order of the source, not shuffled"
     )
+    workers = "one worker" if parts == 1 else f"any number of workers that divides {parts}"
     return [
         f"stream: {source.address} is read as it comes, {split} ({source.shards} shards)",
         f"stream: {shuffled}; a part that comes to its end goes on into its next epoch, whatever the others do",
-        f"stream: resumed exactly by any number of workers that divides {parts}; with another number of parts the order is "
-        "another one",
+        f"stream: kept: the digest of what was read, and the order and an exact resume with {workers}; with another number of "
+        "parts the order is another one",
         "stream: not promised: how many samples and epochs there are, checksums of the source, `lockstep data audit`; what "
         "changes in the source later is noticed only where a run goes on",
         f"stream: validation: {validation.samples:,} samples from the first {validation.examples_read:,} {what}; all that "

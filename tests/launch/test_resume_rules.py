@@ -22,7 +22,7 @@ HARMLESS = [
 PERMITTED = [
     "run.steps=900", "run.deterministic=true", "batch.global_samples=64", "optimizer.lr=1e-3", "optimizer.clip_norm=null",
     "optimizer.weight_decay=0", "schedule.kind=linear", "schedule.warmup_steps=3", "parallel.precision=bf16",
-    "task.label_smoothing=0.1", "model.dropout=0.2",
+    "task.label_smoothing=0.1", "model.dropout=0.2", "data.streaming_parts=2",
 ]  # fmt: skip
 IMPOSSIBLE = [
     "run.seed=1", "model.layers=5", "model.width=96", "model.norm=layernorm", "model.kind=my.module:build",
