@@ -177,8 +177,8 @@ class StreamedSource:
     def part(self, number: int, parts: int) -> datasets.IterableDataset:
         """Part `number` of `parts`: together they hold every example once."""
         strategy: Literal["shards", "examples"] = "shards" if self.shares_shards(parts) else "examples"
-        # The one shard of one is the whole stream with a place of its own: parts that are split from one stream and read side
-        # by side would all move the place which that keeps, and lose examples (datasets 5.2.0).
+        # The one shard of one is the whole stream again, with a state of its own: parts that are split from one stream and read
+        # side by side would all count in the same state, and a resume would lose examples (datasets 5.2.0).
         whole = self._stream.dataset.shard(num_shards=1, index=0)
         return split_dataset_by_node(whole, number, parts, strategy)
 

@@ -233,16 +233,15 @@ def test_labels_without_names_are_refused(tmp_path: Path) -> None:
         StreamedSource(streamed_config(path, "images"))
 
 
-def test_parts_side_by_side_in_one_process_do_not_disturb_each_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_side_by_side_in_one_process_do_not_disturb_each_other(kind: str, paths: dict[str, Path]) -> None:
     """Three parts of four files: each reads everything, from iterators of `datasets` that must not share their places."""
-    for number in range(4):
-        texts = [line(100 * number + row) for row in range(12 - 2 * number)]
-        (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    source = StreamedSource(streamed_config(tmp_path, "jsonl"))
-    alone = [part_of(source, number, 3).take(60)[1].tolist() for number in range(3)]
+    source = StreamedSource(streamed_config(paths[kind], kind))
+    count = samples_of_epochs(source, len(documents_of(paths[kind], kind, "train")) // 3, 2)
+    alone = [part_of(source, number, 3).take(count)[1].tolist() for number in range(3)]
     parts = [part_of(source, number, 3) for number in range(3)]
-    together: list[list[int]] = [[], [], []]
-    for _ in range(60):
+    for taken in range(0, count, 2):
+        resumed = [part_of(source, number, 3, stored(part.place)) for number, part in enumerate(parts)]
+        assert [part.take(count - taken)[1].tolist() for part in resumed] == [hashes[taken:] for hashes in alone]
         for number, part in enumerate(parts):
-            together[number] += part.take(1)[1].tolist()
-    assert together == alone
+            assert part.take(min(2, count - taken))[1].tolist() == alone[number][taken : taken + 2]

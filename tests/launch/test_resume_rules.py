@@ -22,7 +22,7 @@ HARMLESS = [
 PERMITTED = [
     "run.steps=900", "run.deterministic=true", "batch.global_samples=64", "optimizer.lr=1e-3", "optimizer.clip_norm=null",
     "optimizer.weight_decay=0", "schedule.kind=linear", "schedule.warmup_steps=3", "parallel.precision=bf16",
-    "task.label_smoothing=0.1", "model.dropout=0.2", "data.streaming_parts=2",
+    "task.label_smoothing=0.1", "model.dropout=0.2",
 ]  # fmt: skip
 IMPOSSIBLE = [
     "run.seed=1", "model.layers=5", "model.width=96", "model.norm=layernorm", "model.kind=my.module:build",
@@ -127,6 +127,12 @@ def test_no_rule_is_about_nothing() -> None:
 )
 def test_verdicts(verdict: str, overrides: list[str]) -> None:
     assert {verdict_on(override.partition("=")[0]) for override in overrides} == {verdict}
+
+
+def test_keys_of_streams_are_judged() -> None:
+    """They mean nothing to the recipe above, and cannot be changed in it."""
+    assert verdict_on("data.streaming") == verdict_on("data.shuffle_buffer_samples") == "impossible"
+    assert verdict_on("data.streaming_parts") == "needs --allow-change"
 
 
 def test_all_differences_are_told_at_once_each_as_what_it_is() -> None:
