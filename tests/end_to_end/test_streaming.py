@@ -104,10 +104,9 @@ def test_two_workers_read_what_one_reads(recipe: Path, alone: Path, tmp_path: Pa
     assert parts_at_end(run) == parts_at_end(alone)
 
 
-@pytest.mark.parametrize(
-    ("world_size", "shuffle"),
-    [(2, 7), *(pytest.param(*case, marks=pytest.mark.long) for case in ((1, 0), (1, 7), (2, 0)))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("shuffle", [0, 7])
 def test_a_killed_run_ends_in_the_same_bytes(
     world_size: int, shuffle: int, streamed: Callable[..., Path], tmp_path: Path
 ) -> None:
