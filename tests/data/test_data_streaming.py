@@ -259,6 +259,13 @@ def test_what_a_stream_promises_is_told_as_it_is(tmp_path: Path) -> None:
         ({"separate_documents": True}, "separate_documents has no effect with data.streaming=true"),
         ({"augmentation": {"flip": 0.5}, "workers": 2}, "augmentation, workers has no effect with data.streaming=true"),
         ({"source": "text:x"}, "data.streaming=true reads hf:NAME only, not 'text:x'"),
+        ({"source": ["hf:x", "hf:y"]}, r"reads one source, not several \(hf:x, hf:y\)"),
+        ({"source": "train=hf:x"}, "a source is always divided by content; remove train="),
+        ({"directory": "s3://bucket/x"}, "directory has no effect with data.streaming=true"),
+        (
+            {"cache_bytes": 9, "download_threads": 2},
+            "cache_bytes, download_threads has no effect with data.streaming=true",
+        ),
         ({"tokenizer": "bpe:300"}, "data.tokenizer=bpe:300 is trained on the whole corpus"),
         (
             {"streaming": False, "shuffle_buffer_samples": 9},
