@@ -168,6 +168,12 @@ def test_evaluate_and_generate_read_the_stream_again(alone: Path, tmp_path: Path
     refused.failed_with(2, "reads hf:", "as it comes; remove it")
 
 
+def test_nobody_can_compute_what_a_streamed_run_read(alone: Path, tmp_path: Path, warm: WarmProcess) -> None:
+    for command in (["audit", alone], ["order", alone, "--step", 3]):
+        refused = warm.lockstep("data", *command, cwd=tmp_path)
+        refused.failed_with(2, "reads a source as it comes (order 'streamed-1')", "prepare the data of a run")
+
+
 def test_a_source_that_changed_is_not_resumed(tmp_path: Path, warm: WarmProcess) -> None:
     source = write_source(tmp_path / "source", "jsonl")
     values = tiny_gpt(Path(), Path(), run={"steps": 6}, checkpoint={"every_steps": 3})
