@@ -27,7 +27,7 @@ from data.dataset import open_dataset
 from data.order import GlobalOrder
 from data.packing import ensure_packing, pack_shard
 from data.prepare import prepare
-from data.sources import TextSource, open_source
+from data.sources import source_files
 from data.store import LocalStore
 from data.token_dataset import TokenDataset
 
@@ -46,9 +46,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
 
 def prepared_corpus(root: Path, characters: int) -> Path:
     """Prepare documents of the standard library's text, cut anew."""
-    source = open_source(parse_source("stdlib"))
-    assert isinstance(source, TextSource)
-    text = "".join(document.text for document in source.documents())[:characters]
+    text = "".join(path.read_text() for path in source_files(parse_source("stdlib")))[:characters]
     lengths = random.Random(0)
     at = 0
     with (root / "corpus.jsonl").open("w") as lines:
