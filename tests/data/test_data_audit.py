@@ -160,11 +160,11 @@ def test_a_step_that_cannot_be_read_is_told_and_the_others_are_read(tmp_path: Pa
     data = AuditedData(plan, {"": str(directory)}, config, 0, dataset.samples // 2 * 2)
     (stretch,) = stretches(plan, 0, data.stop_position)
     (good,) = each(Auditor, data, [stretch], workers=2)
-    path = directory / "train-00001.bin"
+    path = directory / "train-00000_001.bin"
     content = path.read_bytes()
     path.write_bytes(content[:50] + b"?" + content[51:])
     bad = Auditor(data)(stretch)
     assert 0 < len(bad.unreadable) < len(bad.folds) == len(good.folds)
     for number, fold in enumerate(bad.folds):
         assert (number in bad.unreadable) or fold == good.folds[number]
-    assert all("train-00001.bin: block 0" in reason for reason in bad.unreadable.values())
+    assert all("train-00000_001.bin: block 0" in reason for reason in bad.unreadable.values())

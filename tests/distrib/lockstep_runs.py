@@ -84,6 +84,7 @@ class GptSamples:
     shard_samples = np.array([DATASET_SAMPLES])
     mixes = False
     packing_identity = None
+    looks_ahead_samples = 0
     sequence_tokens, vocabulary_size = 12, 61
     sample_bytes = 13 * 8 + 12
     facts = DatasetFacts(kind="tokens", vocabulary_size=vocabulary_size, sequence_tokens=sequence_tokens)
@@ -122,6 +123,7 @@ class DigitSamples:
     shard_samples = np.array([DATASET_SAMPLES])
     mixes = False
     packing_identity = None
+    looks_ahead_samples = 0
     sample_bytes = 64 + 8
     facts = DatasetFacts(kind="images", classes=8, channels=1, image_size_pixels=8)
     sequence_tokens = None
