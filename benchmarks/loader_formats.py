@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import pickle
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -126,7 +125,7 @@ def write_arrayrecord(kind: str, directory: Path, target: Path) -> None:
         # One record a group, as ArrayRecord's documentation advises for random access; nothing to compress in a JPEG.
         writer = ArrayRecordWriter(str(target / f"{number:03d}.arecord"), "group_size:1,uncompressed")
         for sample in part:
-            writer.write(sample.tobytes() if kind == "tokens" else pickle.dumps(sample))
+            writer.write(sample.tobytes() if kind == "tokens" else int(sample[1]).to_bytes(8, "little") + sample[0])
         writer.close()
 
 
