@@ -19,6 +19,7 @@ from tests.end_to_end.runs import (
     LOCKSTEP,
     WORDS,
     WarmProcess,
+    checkpoints,
     digests,
     final_bytes,
     history,
@@ -27,6 +28,7 @@ from tests.end_to_end.runs import (
     started,
     tiny_gpt,
     wait_for_step,
+    wait_until,
     workers_of,
     write_recipe,
 )
@@ -119,6 +121,8 @@ def test_a_killed_run_ends_in_the_same_bytes(
         arguments = ["train", recipe, "--workers", world_size, f"run.directory={run}", "--resume", "auto"]
         with started(LOCKSTEP, *arguments, cwd=tmp_path) as process:
             wait_for_step(run, step, attempt, process)
+            # A step is recorded before the checkpoint that was begun at it is published.
+            wait_until(lambda: bool(checkpoints(run)) or process.poll() is not None, f"a checkpoint of {run}")  # noqa: B023
             for pid in [process.pid, *workers_of(process.pid)]:
                 os.kill(pid, signal.SIGKILL)
     resumed = lockstep(*arguments, cwd=tmp_path).succeeded()
