@@ -122,7 +122,7 @@ def test_a_killed_run_ends_in_the_same_bytes(
         with started(LOCKSTEP, *arguments, cwd=tmp_path) as process:
             wait_for_step(run, step, attempt, process)
             # A step is recorded before the checkpoint that was begun at it is published.
-            wait_until(lambda: bool(checkpoints(run)) or process.poll() is not None, f"a checkpoint of {run}")  # noqa: B023
+            wait_until(lambda: bool(checkpoints(run)) or process.poll() is not None, f"a checkpoint of {run}")
             for pid in [process.pid, *workers_of(process.pid)]:
                 os.kill(pid, signal.SIGKILL)
     resumed = lockstep(*arguments, cwd=tmp_path).succeeded()
