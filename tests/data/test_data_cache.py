@@ -124,6 +124,7 @@ def test_a_file_that_was_altered_in_the_cache_is_fetched_again(tmp_path: Path, f
     assert files.sources[0].reads == [0, 0]
 
 
+@pytest.mark.long
 def test_killed_at_every_system_call_it_goes_on_from_there(tmp_path: Path, files: Files) -> None:
     """A child dies at its k-th call that touches the file system, for every k until it survives."""
     survived, deaths, resumed = False, 0, 0

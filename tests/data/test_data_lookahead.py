@@ -125,6 +125,7 @@ def test_an_epoch_fetches_each_file_about_once(
         assert len(dataset._shards) < shards  # type: ignore[attr-defined]
 
 
+@pytest.mark.long
 def test_two_runs_share_a_cache_that_is_too_small_for_both(
     prepared: Path, server: FaultyServer, tmp_path: Path
 ) -> None:

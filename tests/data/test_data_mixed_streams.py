@@ -152,7 +152,7 @@ def plans(draw: st.DrawFn) -> tuple[dict[str, Numbers], Plan]:
     return datasets, plan
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=60)
 @given(planned=plans(), world_size=st.integers(1, 5), micro=st.integers(1, 24), data=st.data())
 def test_every_world_reads_the_order_of_one_process(
     planned: tuple[dict[str, Numbers], Plan], world_size: int, micro: int, data: st.DataObject

@@ -482,6 +482,7 @@ def build(program: str, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 def test_a_build_killed_at_any_call_is_built_again_to_the_same_bytes(small: Path) -> None:
     expected = index_files(small)
     moments = 0

@@ -183,6 +183,7 @@ def test_hugging_face_computes_the_same_of_each_document(kind: str) -> None:
         assert (logits[sample, start:stop] - expected).abs().max() < 1e-5
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_attention_in_blocks_is_attention_under_the_mask() -> None:
     """What a GPU runs, forward and on the CPU; tests/gpu holds it on a GPU, and its gradient."""
