@@ -166,7 +166,7 @@ def _dtypes_of(counter: CollectiveCounter) -> dict[str, list[str]]:
 
 def _gradient_buffers(engine: Any) -> Iterator[torch.Tensor]:
     """What an engine sets aside for gradients before there are any: DeepSpeed's stage 3 does."""
-    zero = getattr(getattr(engine, "_engine", None), "optimizer", None)
+    zero: Any = getattr(getattr(engine, "_engine", None), "optimizer", None)
     if hasattr(zero, "grad_partitions_flat_buffer"):
         yield zero.grad_partitions_flat_buffer
         for bucket in zero.ipg_buckets.values():

@@ -146,7 +146,7 @@ def open_bare(job: Job) -> Opened:
 
 
 def open_lockstep(job: Job) -> Opened:
-    from loader_lockstep import LockstepBatches
+    from benchmarks.loader_lockstep import LockstepBatches
 
     batches = LockstepBatches(job.path, job.kind, job.workers)
     return Opened(batches, lambda: batches.position, lambda state: setattr(batches, "position", state))
@@ -182,7 +182,7 @@ def open_mds(job: Job) -> Opened:
     from streaming import StreamingDataLoader, StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
-    class Pictures(StreamingDataset):  # type: ignore[misc]
+    class Pictures(StreamingDataset):
         def __getitem__(self, at: Any) -> Any:
             sample = super().__getitem__(at)
             return torch.from_numpy(picture(sample["image"])), sample["label"]
@@ -198,7 +198,7 @@ def open_litdata(job: Job) -> Opened:
     """https://lightning.ai/docs/litdata/features/llm-pre-training (TokensLoader) and the README (transform in a subclass)."""
     from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
 
-    class Pictures(StreamingDataset):  # type: ignore[misc]
+    class Pictures(StreamingDataset):
         def __getitem__(self, index: Any) -> Any:
             encoded, label = super().__getitem__(index)
             return torch.from_numpy(picture(encoded)), label

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from loader_lockstep import BATCH_SAMPLES, SEQUENCE_TOKENS, prepare_corpus, write_blocks
 from PIL import Image
+
+from benchmarks.loader_lockstep import BATCH_SAMPLES, SEQUENCE_TOKENS, prepare_corpus, write_blocks
 
 ROOT = Path(__file__).parents[1]
 FORMATS = Path(__file__).with_name("loader_formats.py")

@@ -46,7 +46,7 @@ def prepare_corpus(root: Path, kind: str) -> None:
 def opened(root: Path, kind: str, workers: int = 0) -> Dataset:
     """The training split of a prepared corpus."""
     config = config_of(root, kind, workers)
-    assert config.directory is not None
+    assert isinstance(config.directory, Path)
     return open_dataset(LocalStore(config.directory), config, "train")
 
 

@@ -25,8 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loader_environments import batches_of, make_environment, make_format, make_images, make_tokens
-from loader_report import as_markdown, losses
+from benchmarks.loader_environments import batches_of, make_environment, make_format, make_images, make_tokens
+from benchmarks.loader_report import as_markdown, losses
 
 SCRIPT = Path(__file__).with_name("loader_contenders.py")
 TIMEOUT_SECONDS = 180.0

@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from step_contenders import BARE, FULL, MEANING, PLAIN, Job, Table, data_section, run_contender
 
+from benchmarks.step_contenders import BARE, FULL, MEANING, PLAIN, Job, Table, data_section, run_contender
 from data.config import DataConfig
 from data.prepare import prepare
 

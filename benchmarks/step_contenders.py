@@ -32,6 +32,7 @@ from distrib.world import World, join_world, leave_world
 from launch.attempt import Attempt
 from launch.config import RunConfig
 from launch.console import Progress
+from launch.feed import make_feed
 from launch.ledger import Ledger
 from launch.loop import Hooks, Intervals, train
 from launch.materials import Materials, open_materials
@@ -237,7 +238,9 @@ def _attempt(job: Job, config: RunConfig, materials: Materials, world: World, en
     run = RunDirectory(job.directory, {"name": "benchmark", "attempts": [{}], "wandb_run_id": "none"})
     (run.path / "logs").mkdir(parents=True, exist_ok=True)
     start_logging(run.path, world.rank)
-    attempt = Attempt(config, world, run, materials, engine, plan, Ledger(), StopRequest())
+    attempt = Attempt(
+        config, world, run, materials, engine, plan, Ledger(), StopRequest(), make_feed(config, materials, world)
+    )
     if job.contender == FULL and world.rank == 0:
         attempt.stop.watch(run.stop_file)
         attempt.progress = Progress("lines", config.run.steps, 1, materials.item_name, stream=io.StringIO())

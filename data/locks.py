@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import stat
 from io import FileIO
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def make_directory(path: Path) -> None:
         except FileNotFoundError:  # a directory above it was just deleted
             continue
         except FileExistsError:
-            if path.exists():
+            if _is_something_else(path):
                 raise
 
 
@@ -55,6 +56,14 @@ def listing(directory: Path) -> list[Path]:
         return list(directory.iterdir())
     except FileNotFoundError:
         return []
+
+
+def _is_something_else(path: Path) -> bool:
+    """Whether what lies there is no directory. Asked at once: between two questions it may be deleted and made again."""
+    try:
+        return not stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _lies_at(file: FileIO, path: Path) -> bool:
