@@ -59,8 +59,8 @@ class PackedShard:
         return bool(np.add.reduceat(lengths, ends[:-1]).max() <= room)
 
     def gather(self, rows: npt.NDArray[np.int64]) -> Fields:
-        """Samples (n,) by their rows: `tokens`, opaque (n,), each the bytes of its T + 1 tokens; `loss_mask` and, with
-        documents apart, `documents`, as `data.samples.Dataset` has them. Padding counts as a document of its own."""
+        """Samples (n,) by their rows: `tokens` (n, T + 1), `loss_mask` and, with documents apart, `documents`, as
+        `data.samples.Dataset` has them. Padding counts as a document of its own."""
         room = self._sequence_tokens + 1
         low = self._bin_ends[rows]
         counts = self._bin_ends[rows + 1] - low
@@ -77,7 +77,7 @@ class PackedShard:
         tokens = self._tokens.take(expand_ranges(starts, lengths), mode="clip").reshape(len(rows), room)
         tokens[padding] = self._end_of_document
         fields = {
-            "tokens": tokens.view(f"V{tokens.strides[0]}")[:, 0],
+            "tokens": tokens,
             "loss_mask": (documents[:, 1:] == documents[:, :-1]) & ~padding[:, 1:],
         }
         return fields | {"documents": documents[:, :-1]} if self._separate_documents else fields

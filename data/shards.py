@@ -247,7 +247,7 @@ class TokenShard:
     def gather(self, rows: npt.NDArray[np.int64]) -> Fields:
         """What keeps the documents of samples (n,) apart: `documents` and `loss_mask`, as `data.samples.Dataset` has them.
 
-        Their tokens are copied by `MappedRows`, those of many shards at once.
+        Their tokens are copied by `data.mapped_rows`, those of many shards at once.
         """
         return self._boundaries(rows * self._sequence_tokens)
 
@@ -262,49 +262,6 @@ class TokenShard:
         begins[samples, begin_at] = 1
         documents = np.cumsum(begins[:, :-1], axis=1, dtype=begins.dtype)
         return {"documents": documents, "loss_mask": begins[:, 1:] == 0}
-
-
-class MappedRows:
-    """Rows of one size wherever they begin in the memory of some maps: rows of many maps are copied in one call.
-
-    To NumPy it is one array that reaches from the first map's beginning to the last one's end, with a row at each byte.
-    """
-
-    def __init__(self, row_bytes: int) -> None:
-        self._row_bytes = row_bytes
-        self._maps: dict[int, mmap.mmap] = {}  # by where they begin; keeps them mapped
-        self._first = self._stop = 0
-
-    def add(self, map: mmap.mmap) -> None:
-        """The rows of one more map."""
-        start = address_of(map)
-        self._maps[start] = map
-        self._first = min(self._first or start, start)
-        self._stop = max(self._stop, start + len(map))
-        self._view()
-
-    def remove(self, map: mmap.mmap) -> None:
-        """Let go of a map and its rows."""
-        del self._maps[address_of(map)]
-        self._first = min(self._maps, default=0)
-        self._stop = max((start + len(map) for start, map in self._maps.items()), default=0)
-        self._view()
-
-    def _view(self) -> None:
-        shape = (max(0, self._stop - self._first - self._row_bytes + 1),)
-        self.__array_interface__ = {
-            "version": 3, "data": (self._first, True), "shape": shape, "strides": (1,), "typestr": f"|V{self._row_bytes}",
-        }  # fmt: skip
-        self._rows = np.asarray(self)
-
-    def copy(self, addresses: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
-        """Copies (n,) of the rows at addresses (n,), each of which must lie, to its last byte, in one of the maps."""
-        return self._rows[addresses - self._first]
-
-
-def address_of(map: mmap.mmap) -> int:
-    """Where a map begins in memory."""
-    return int(np.frombuffer(map, dtype=np.uint8).__array_interface__["data"][0])
 
 
 def samples_of(tokens: int, sequence_tokens: int) -> int:

@@ -10,14 +10,15 @@ import xxhash
 from data.buffers import RowBuffers
 from data.config import DataConfig
 from data.manifest import Manifest, Split
+from data.mapped_rows import MappedRows, address_of
 from data.open_shards import OpenShards
 from data.packed_shard import PackedShard, index_errors
 from data.packing import PackedShardEntry, read_packing
 from data.samples import Choices, DatasetFacts, Fields, Hashes, SampleIds, check_range
-from data.shards import MappedRows, TokenShard, address_of, document_dtype, samples_of
+from data.shards import TokenShard, document_dtype, samples_of
 from data.store import Store
 
-# What is copied out of the maps at once: it is put in its place while it is in the processor's cache.
+# What a shard makes at once: it is put in its place while it is in the processor's cache.
 PIECE_BYTES = 256 * 1024
 
 
@@ -71,7 +72,7 @@ class TokenDataset:
         self._checked = np.zeros(len(self._entries), dtype=np.bool_)  # shards of which every block is
         # Where sample 0 would lie if all samples lay one after the other as they do in this shard.
         self._origins = np.zeros(len(self._entries), dtype=np.int64)
-        self._mapped = MappedRows(row_bytes)
+        self._mapped = MappedRows(sequence_tokens + 1, self._dtype)
         self._buffers = RowBuffers(row_bytes)
         self._boundary_fields: dict[str, np.dtype[Any]] = {}
         if config.separate_documents:
@@ -96,32 +97,32 @@ class TokenDataset:
         boundaries: Fields = {
             name: np.empty((samples, self._sequence_tokens), dtype) for name, dtype in self._boundary_fields.items()
         }
-        rows, hashes = self._read(sample_ids, boundaries)
-        tokens = rows.view(self._dtype).reshape(samples, self._sequence_tokens + 1)
+        tokens, hashes = self._read(sample_ids, boundaries)
         return {"tokens": tokens} | boundaries, hashes
 
     def content_hashes(self, sample_ids: SampleIds) -> Hashes:
         """The xxh3-64 of the bytes of samples (n,), padding included."""
         return self._read(sample_ids, {})[1]
 
-    def _read(self, sample_ids: SampleIds, boundaries: Fields) -> tuple[npt.NDArray[np.void], Hashes]:
-        """The rows (n,) of samples and their hashes (n,); fills what is asked for of where documents end."""
+    def _read(self, sample_ids: SampleIds, boundaries: Fields) -> tuple[npt.NDArray[np.integer], Hashes]:
+        """The tokens (n, T + 1) of samples and their hashes (n,); fills what is asked for of where documents end."""
         check_range(sample_ids, self.samples)
         self._close_some(sample_ids)
         rows, views = self._buffers.take(len(sample_ids))
-        by_shard = boundaries if self._packed is None else boundaries | {"tokens": rows}
+        tokens = rows.view(self._dtype).reshape(len(sample_ids), self._sequence_tokens + 1)
+        by_shard = boundaries if self._packed is None else boundaries | {"tokens": tokens}
         if self._packed is None:
-            self._copy(sample_ids, rows)
+            self._copy(sample_ids, tokens)
         if by_shard:
             for shard, slots, shard_rows in self._pieces(sample_ids):
                 piece = shard.gather(shard_rows)
                 for name, field in by_shard.items():
                     field[slots] = piece[name]
         digests = b"".join(map(xxhash.xxh3_64_digest, views[: len(sample_ids)]))
-        return rows, np.frombuffer(digests, ">u8").astype(np.uint64)
+        return tokens, np.frombuffer(digests, ">u8").astype(np.uint64)
 
-    def _copy(self, sample_ids: SampleIds, rows: npt.NDArray[np.void]) -> None:
-        """Copy samples (n,) into rows (n,), once their shards are mapped and their blocks checked."""
+    def _copy(self, sample_ids: SampleIds, tokens: npt.NDArray[np.integer]) -> None:
+        """Copy samples (n,) into tokens (n, T + 1), once their shards are mapped and their blocks checked."""
         shard_of = np.searchsorted(self._ends, sample_ids, side="right")
         unchecked = ~self._checked[shard_of]
         if unchecked.any():
@@ -130,11 +131,7 @@ class TokenDataset:
                 assert isinstance(shard, TokenShard)
                 shard.check(sample_ids[shard_of == number] - (self._ends[number] - shard.samples))
                 self._checked[number] = shard.checked
-        addresses, mapped = sample_ids * self._stride_bytes + self._origins[shard_of], self._mapped
-        piece_samples = max(1, PIECE_BYTES // self.sample_bytes)
-        for start in range(0, len(rows), piece_samples):
-            piece = slice(start, start + piece_samples)
-            rows[piece] = mapped.copy(addresses[piece])
+        self._mapped.copy(sample_ids * self._stride_bytes + self._origins[shard_of], tokens)
 
     def _pieces(self, sample_ids: SampleIds) -> Iterator[tuple[TokenShard | PackedShard, SampleIds, SampleIds]]:
         """Cut a request into pieces of one shard each: the shard, where its samples are wanted, and its rows."""

@@ -14,7 +14,7 @@ from data.config import DataConfig
 from data.dataset import open_dataset
 from data.errors import CorruptData
 from data.manifest import BLOCK_BYTES
-from data.shards import MappedRows, address_of
+from data.mapped_rows import MappedRows, address_of
 from data.store import LocalStore, read_manifest
 from data.token_dataset import TokenDataset
 from tests.data.data_helpers import prepared_tokens
@@ -95,20 +95,26 @@ def test_rows_end_with_their_map(many_shards: tuple[Path, DataConfig]) -> None:
     dataset = opened(many_shards)
     dataset.gather(np.arange(dataset.samples))
     map = dataset._shards[0].map
-    rows = MappedRows(10)
+    rows = MappedRows(5, "<u2")
+
+    def copies(*addresses: int) -> list[bytes]:
+        into = np.empty((len(addresses), 5), "<u2")
+        rows.copy(np.array(addresses), into)
+        return [row.tobytes() for row in into]
+
     rows.add(map)
     last = address_of(map) + len(map) - 10
-    assert rows.copy(np.array([last]))[0].tobytes() == map[-10:]
+    assert copies(last, last - 2) == [map[-10:], map[-12:-2]]
     with pytest.raises(IndexError):
-        rows.copy(np.array([last + 1]))
+        copies(last + 2)
     other = dataset._shards[1].map
     rows.add(other)
-    assert rows.copy(np.array([last, address_of(other)]))[1].tobytes() == other[:10]
+    assert copies(last, address_of(other)) == [map[-10:], other[:10]]
     rows.remove(map)
-    assert rows.copy(np.array([address_of(other)]))[0].tobytes() == other[:10]
+    assert copies(address_of(other)) == [other[:10]]
     rows.remove(other)
     with pytest.raises(IndexError):
-        rows.copy(np.array([last]))
+        copies(last)
 
 
 def test_memory_is_not_lent_again_while_anything_refers_to_it() -> None:
