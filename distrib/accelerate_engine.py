@@ -18,6 +18,7 @@ from distrib.gradients import leave_out
 from distrib.initialisation import make_initialised_model
 from distrib.model_state import model_tensors
 from distrib.optimizer import make_optimizer, state_tensors
+from distrib.phases import enter
 from distrib.replication import quiet_ddp
 
 
@@ -75,11 +76,13 @@ class AccelerateEngine(EngineBase):
     def _forward_backward(self, micro_batch: MicroBatch, scale: float, *, last: bool) -> torch.Tensor:
         with contextlib.nullcontext() if last else self._accelerator.no_sync(self._forward_module):
             total = self._forward(micro_batch)
+            enter("backward")
             self._accelerator.backward(self._scaled(total, scale, micro_batch))
         return total.detach() if micro_batch.weight else torch.zeros_like(total)
 
     def _update(self) -> tuple[torch.Tensor, torch.Tensor]:
         norm, skipped = self._clip(self._parameters)
+        enter("step")
         leave_out(self._optimizer, skipped)
         self._prepared_optimizer.step()
         self._prepared_optimizer.zero_grad()

@@ -21,6 +21,7 @@ from distrib import manifest as manifests
 from distrib.config import CheckpointConfig
 from distrib.engine import CanonicalState
 from distrib.manifest import BadCheckpoint
+from distrib.phases import enter
 from distrib.safetensors_storage import SafetensorsWriter
 from distrib.world import World
 
@@ -219,6 +220,7 @@ def _finish(
     files: dict[str, dict[str, Any]],
     config: CheckpointConfig,
 ) -> Path | str:
+    enter("save.manifest")
     try:
         manifests.write_durably(
             temporary / STATE_NAME, json.dumps({**scalars, "engine": state.scalars}, indent=2, sort_keys=True).encode()
@@ -226,6 +228,7 @@ def _finish(
         path = temporary / STATE_NAME
         files[STATE_NAME] = {"sha256": manifests.sha256_of_file(path), "bytes": path.stat().st_size}
         manifests.write_manifest(temporary, {"step": step, **fields}, files)
+        enter("save.rename")
         published = manifests.publish(temporary, root, step)
     except OSError as error:
         return _explain(error, root)

@@ -20,6 +20,7 @@ from distrib.gradients import leave_out
 from distrib.initialisation import make_initialised_model
 from distrib.model_state import model_tensors
 from distrib.optimizer import make_optimizer, state_tensors
+from distrib.phases import enter
 from distrib.world import before_leaving
 
 
@@ -114,6 +115,7 @@ class DeepSpeedEngine(EngineBase):
     def _forward_backward(self, micro_batch: MicroBatch, scale: float, *, last: bool) -> torch.Tensor:
         self._engine.set_gradient_accumulation_boundary(last)
         total = self._forward(micro_batch)
+        enter("backward")
         self._engine.backward(self._scaled(total, scale, micro_batch), scale_wrt_gas=False)
         return total.detach() if micro_batch.weight else torch.zeros_like(total)
 
@@ -125,10 +127,12 @@ class DeepSpeedEngine(EngineBase):
     def _update(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._sharded is None:
             norm, skipped = self._clip(self._parameters)
+            enter("step")
             leave_out(self._optimizer, skipped)
             self._engine.step()
             return norm, skipped
         self._engine.set_gradient_accumulation_boundary(True)
+        enter("step")
         self._engine.step()
         device = self.world.device
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=device)

@@ -16,6 +16,7 @@ from distrib.gradients import clip_gradients
 from distrib.keys import key64
 from distrib.loss_scaling import LossScaler
 from distrib.optimizer import set_learning_rate, set_updates_done, updates_done
+from distrib.phases import enter
 from distrib.schedule import learning_rate
 
 _AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,6 +94,7 @@ class EngineBase(ABC):
         self, parameters: Iterable[nn.Parameter], shard_group: Any | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Undoes loss scaling and clips to the global norm; returns (norm before clipping, 1.0 if it is not finite)."""
+        enter("reduce")
         return clip_gradients(
             [parameter.grad for parameter in parameters if parameter.grad is not None],
             clip_norm=self._clip_norm,
@@ -142,6 +144,7 @@ class EngineBase(ABC):
 
     def _forward(self, micro_batch: MicroBatch) -> torch.Tensor:
         """The sum of a micro-batch's losses, with gradient."""
+        enter("forward", self.steps_done)
         self._reseed(micro_batch.first_position)
         if not micro_batch.weight:
             self._module.eval()  # a filler leaves no trace, in running statistics neither

@@ -16,6 +16,7 @@ from distrib.gradients import leave_out
 from distrib.initialisation import make_initialised_model, make_sharded_model
 from distrib.model_state import model_tensors
 from distrib.optimizer import make_optimizer, state_tensors
+from distrib.phases import enter
 from distrib.replication import DDP_OPTIONS, quiet_ddp
 from distrib.sharding import communicate, like, local, settle, shard
 from distrib.world import World
@@ -94,6 +95,7 @@ class NativeEngine(EngineBase):
     def _forward_backward(self, micro_batch: MicroBatch, scale: float, *, last: bool) -> torch.Tensor:
         with self._communication(last=last):
             total = self._forward(micro_batch)
+            enter("backward")
             self._scaled(total, scale, micro_batch).backward()
         return total.detach() if micro_batch.weight else torch.zeros_like(total)
 
@@ -105,6 +107,7 @@ class NativeEngine(EngineBase):
             for parameter, part in zip(self._parameters, self._local, strict=True):
                 part.grad = None if parameter.grad is None else local(parameter.grad)
         norm, skipped = self._clip(self._local, shard_group)
+        enter("step")
         leave_out(self._optimizer, skipped)
         self._optimizer.step()
         # As zero_grad does, without its sorting and its entry in a profile.

@@ -18,6 +18,7 @@ import torch
 from distrib.checkpoint import SaveFailed, save_checkpoint
 from distrib.config import CheckpointConfig
 from distrib.engine import CanonicalState
+from distrib.phases import SAVING_THREAD, enter
 from distrib.sharding import local
 from distrib.world import World
 
@@ -58,7 +59,7 @@ class Saver:
         if self._config.asynchronous:
             save = partial(save, self._snapshot.take(state), world=self._world.in_save_thread(), **captured)
             # A daemon: where another rank is gone, it may wait for ever.
-            threading.Thread(target=self._run, args=(save, step, over), name="lockstep-save", daemon=True).start()
+            threading.Thread(target=self._run, args=(save, step, over), name=SAVING_THREAD, daemon=True).start()
         else:
             self._run(partial(save, state, world=self._world, **captured), step, over)
         self._in_flight = over
@@ -78,6 +79,7 @@ class Saver:
     def _run(self, save: Callable[[], Path], step: int, over: Future[SaveOutcome]) -> None:
         begun = time.perf_counter()
         failure: str | None = None
+        enter("save.write", step)
         try:
             try:
                 save()
@@ -89,6 +91,8 @@ class Saver:
             over.set_exception(error)
         else:
             over.set_result(outcome)
+        finally:
+            enter("idle" if self._config.asynchronous else "save")
 
 
 class Snapshot:

@@ -13,6 +13,7 @@ from typing import Any
 from data.plan import Plan
 from data.steps import samples_of_step
 from distrib.engine import Engine
+from distrib.phases import enter
 from distrib.saving import SaveOutcome, Saver
 from distrib.world import World
 from launch.config import RunConfig
@@ -111,6 +112,7 @@ class Attempt:
 
     def evaluate(self) -> None:
         """Evaluates on the validation split, on all ranks, and records the metrics."""
+        enter("evaluate", self.ledger.step)
         task = self.materials.task
         metrics = evaluate_streams(
             self.materials.validation,
@@ -129,6 +131,7 @@ class Attempt:
 
     def save(self) -> None:
         """Begins to save the last committed step, once the save before is finished."""
+        enter("save", self.ledger.step)
         begun = time.perf_counter()
         self.finish_save()
         self.saver.begin(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from data.stream import GlobalStep
 from distrib.engine import Engine
+from distrib.phases import enter
 from distrib.reduction import PendingReport, report_step
 from distrib.world import World
 from launch.ledger import Ledger
@@ -72,6 +73,7 @@ def train(
     def commit_oldest() -> None:
         nonlocal stop
         flight = in_flight.popleft()
+        enter("report")
         report = flight.report.read()
         ledger.commit(samples=flight.batch.samples, items=flight.batch.items, fold=report.fold, skipped=report.skipped)
         stop = stop or report.stop_requested
@@ -93,6 +95,7 @@ def train(
 
     meter.restart()
     while not stop:
+        enter("data", engine.steps_done)
         asked_for_data = time.perf_counter()
         batch = next(stream, None)
         if batch is None:

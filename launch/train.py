@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 
+from distrib.phases import SAVING_THREAD
 from launch.arguments import add_training_arguments, parse_with_overrides
 from launch.config import RunConfig
 from launch.exit_codes import FAILED, USAGE
@@ -18,7 +19,7 @@ from launch.stopping import StopRequest
 
 SUPERVISOR_PIPE = "LOCKSTEP_SUPERVISOR_PIPE"
 """A file descriptor that reads as ended when the supervisor is gone, however it went."""
-_THREADS_THAT_TALK = ("lockstep-save", "lockstep-prefetch")
+_THREADS_THAT_TALK = (SAVING_THREAD, "lockstep-prefetch")
 """Names of threads that exchange data with other workers, and may wait for one that is gone."""
 
 

@@ -18,6 +18,7 @@ from distrib.checkpoint import Checkpoint, load_tensors, newest_good_checkpoint,
 from distrib.engine import CanonicalState, EngineSetup
 from distrib.engines import make_engine
 from distrib.manifest import remove_temporaries, write_durably
+from distrib.phases import enter, hold
 from distrib.world import World
 from launch import loop
 from launch.attempt import Attempt
@@ -116,6 +117,7 @@ def _set_up(config: RunConfig, world: World, run: RunDirectory, materials: Mater
 def _resume(attempt: Attempt, resume: Resume, *, allow_change: bool) -> None:
     """Takes over the newest good checkpoint, or the one that was named. Without one the run starts afresh."""
     world, run = attempt.world, attempt.run
+    enter("load")
     on_rank_zero(world, lambda: remove_temporaries(run.checkpoints))
     checkpoint: Checkpoint | None = None
     if resume.checkpoint is not None:
@@ -142,6 +144,7 @@ def _resume(attempt: Attempt, resume: Resume, *, allow_change: bool) -> None:
     if checkpoint is not None:
         taken = checkpoint
         together(world, lambda: _take_over(attempt, taken, allow_change=allow_change))
+    enter("start", attempt.ledger.step)
 
 
 def _take_over(attempt: Attempt, checkpoint: Checkpoint, *, allow_change: bool) -> None:
@@ -240,7 +243,8 @@ def _train(attempt: Attempt) -> None:
     remaining_samples = (config.run.steps - ledger.step) * config.batch.global_samples
     meter = _make_meter(attempt)
     if remaining_samples:
-        attempt.engine.dry_run(_example_micro_batch(attempt))
+        with hold("start"):
+            attempt.engine.dry_run(_example_micro_batch(attempt))
     if ledger.step == 0:
         attempt.evaluate()
     stream = attempt.feed.open(attempt.plan, ledger.position, _stop_position(attempt))
@@ -259,6 +263,7 @@ def _train(attempt: Attempt) -> None:
     done = ledger.step == config.run.steps
     if done and attempt.evaluated_step != ledger.step:
         attempt.evaluate()
+    enter("end", ledger.step)
     attempt.finish_save()
     if done and attempt.save_failure is None:
         tell_summary(attempt)
