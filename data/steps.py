@@ -18,7 +18,7 @@ from data.windows import WINDOWED_ORDER, WindowedOrder
 Integers = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Share:
     """A rank's share of a step of some size: which of the step's samples it reads and how it cuts them.
 

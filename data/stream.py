@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -76,6 +76,20 @@ class GlobalStep(NamedTuple):
     streams: tuple[StreamShare, ...] = ()
 
 
+class Cuts:
+    """How consecutive steps are cut into micro-batches: the same for all chunks of as many equal steps."""
+
+    def __init__(self, shares: list[Share]) -> None:
+        self.sizes = [size for share in shares for size in share.sizes]
+        self.weights = [weight for share in shares for weight in share.weights]
+        self.real = np.array(self.weights, dtype=np.bool_)
+        stops = np.cumsum(self.sizes).tolist()
+        self.starts = [0, *stops[:-1]]
+        self.rows = list(map(slice, self.starts, stops))
+        self.counts = [len(share.sizes) for share in shares]
+        self.first_batches = [0, *itertools.accumulate(self.counts[:-1])]
+
+
 class Stream:
     """Global steps from `position` (samples consumed) up to `stop_position`; only the very last may be smaller.
 
@@ -128,6 +142,7 @@ class Stream:
             stop_position=stop_position,
         )
         depth_chunks = math.ceil(prefetch_steps / self._chunk_steps())
+        self._cut_shares: list[Share] = []
         self._prefetch = Prefetch(self._chunks, depth_chunks, together=reduce_items is not None)
 
     def __iter__(self) -> Iterator[GlobalStep]:
@@ -181,7 +196,7 @@ class Stream:
         if self._pin_memory:
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         several = len(self._plan.streams)
-        batches, parts, folds = cut_micro_batches(shares, tensors, samples, hashes, several)
+        batches, parts, folds = cut_micro_batches(self._cuts(shares), tensors, samples, hashes, several)
         firsts, step_samples = block.firsts[start:stop], block.step_samples[start:stop]
         if several > 1:
             items = self._reduce(self._count_by_stream(samples, shares, fields))
@@ -194,6 +209,12 @@ class Stream:
             row += len(share.offsets)
             number += len(share.sizes)
         return map(GlobalStep, firsts, step_samples, self._reduce(counts), parts, folds)
+
+    def _cuts(self, shares: list[Share]) -> Cuts:
+        """The cuts of these steps: made anew only where they differ from those before."""
+        if shares != self._cut_shares:
+            self._last_cuts, self._cut_shares = Cuts(shares), shares
+        return self._last_cuts
 
     def _reduce(self, counts: list[int]) -> list[int]:
         return counts if self._reduce_items is None else self._reduce_items(counts)
@@ -242,31 +263,30 @@ class Stream:
 
 
 def cut_micro_batches(
-    shares: list[Share], tensors: dict[str, torch.Tensor], samples: Samples, hashes: Hashes, stream_count: int
+    cuts: Cuts, tensors: dict[str, torch.Tensor], samples: Samples, hashes: Hashes, stream_count: int
 ) -> tuple[list[dict[str, torch.Tensor]], Iterator[tuple[MicroBatch, ...]], list[int]]:
     """Of consecutive steps: the batches, as views of the chunk's tensors, each step's micro-batches and its fold."""
-    sizes = [size for share in shares for size in share.sizes]
-    weights = [weight for share in shares for weight in share.weights]
-    stops = np.cumsum(sizes).tolist()
-    starts = [0, *stops[:-1]]
     words = mix_samples(samples.positions, samples.ids + (samples.streams << STREAM_SHIFT), hashes)
-    folds = np.add.reduceat(words, starts).view(np.int64)  # sums that wrap
-    folds *= np.array(weights, dtype=np.bool_)
-    fields: list[dict[str, torch.Tensor]] = [{} for _ in sizes]
+    folds = np.add.reduceat(words, cuts.starts).view(np.int64)  # sums that wrap
+    folds *= cuts.real
+    fields: list[dict[str, torch.Tensor]] = [{} for _ in cuts.sizes]
     for name, tensor in tensors.items():
-        for batch, view in zip(fields, tensor.split(sizes), strict=True):
+        for batch, view in zip(fields, tensor.split(cuts.sizes), strict=True):
             batch[name] = view
-    cuts = list(map(slice, starts, stops))
-    places = map(samples.positions.__getitem__, cuts), map(samples.ids.__getitem__, cuts)
-    if stream_count == 1:
-        batches = map(MicroBatch, fields, *places, folds.tolist(), weights)
+    places = map(samples.positions.__getitem__, cuts.rows), map(samples.ids.__getitem__, cuts.rows)
+    streams: Iterable[torch.Tensor | None] = itertools.repeat(None)
+    if stream_count > 1:
+        streams = torch.from_numpy(samples.streams).split(cuts.sizes)
+    # As MicroBatch(...) makes them, without a call into Python for each.
+    batches: Iterator[MicroBatch] = map(
+        partial(tuple.__new__, MicroBatch),
+        zip(fields, *places, folds.tolist(), cuts.weights, streams, itertools.repeat(stream_count), strict=False),
+    )
+    if max(cuts.counts) == 1:
+        parts: Iterator[tuple[MicroBatch, ...]] = zip(batches, strict=True)
     else:
-        streams = torch.from_numpy(samples.streams).split(sizes)
-        counts = itertools.repeat(stream_count)
-        batches = map(MicroBatch, fields, *places, folds.tolist(), weights, streams, counts)
-    first_batches = np.cumsum([0, *[len(share.sizes) for share in shares[:-1]]])
-    parts = (tuple(itertools.islice(batches, len(share.sizes))) for share in shares)
-    return fields, parts, np.add.reduceat(folds, first_batches).tolist()
+        parts = (tuple(itertools.islice(batches, count)) for count in cuts.counts)
+    return fields, parts, np.add.reduceat(folds, cuts.first_batches).tolist()
 
 
 def evaluation_batches(

@@ -11,7 +11,7 @@ from data.plan import Plan
 from data.prefetch import Prefetch
 from data.samples import Fields, Hashes
 from data.steps import Samples, Share
-from data.stream import CountItems, GlobalStep, ReduceItems, cut_micro_batches
+from data.stream import CountItems, Cuts, GlobalStep, ReduceItems, cut_micro_batches
 from data.streamed import CollectedSamples, StreamedSource
 
 
@@ -96,7 +96,7 @@ class StreamedSteps:
         # A streamed sample has no id but its position.
         positions = position + share.offsets
         read = Samples(positions, np.zeros_like(positions), np.zeros_like(positions), positions)
-        _, [micro_batches], [fold] = cut_micro_batches([share], tensors, read, hashes, 1)
+        _, [micro_batches], [fold] = cut_micro_batches(Cuts([share]), tensors, read, hashes, 1)
         return GlobalStep(position, samples, items[0], micro_batches, fold)
 
     def _take(self, samples: int, rows: int) -> tuple[Fields, Hashes]:
