@@ -84,6 +84,8 @@ class Reading:
     """What each step's digest is chained from; 0 where it cannot be read."""
     targets: list[int] = field(default_factory=list)
     """Tokens that each step is to predict; 0 of images."""
+    stream_samples: list[list[int]] = field(default_factory=list)
+    """Samples that each step has of each of the plan's streams."""
     unreadable: dict[int, str] = field(default_factory=dict)
     """Why a step cannot be read, by its number in the stretch."""
     seen: dict[int, tuple[Integers, Integers]] = field(default_factory=dict)
@@ -114,7 +116,7 @@ class Auditor:
         """Read the samples of these steps and hash them; no image is decoded."""
         block = self._steps.block(stretch.position, stretch.steps)
         assert len(block.step_samples) == stretch.steps, "a stretch lies in one segment"
-        reading = Reading(block.step_samples, [])
+        reading = Reading(block.step_samples, [], stream_samples=block.stream_samples.tolist())
         try:
             self._read(block, 0, stretch.steps, reading)
         except CorruptData:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,20 @@ import numpy as np
 import numpy.typing as npt
 
 from data.audit import AuditedData, Auditor, Reading, open_audited, position_after, refuse_streamed, stretches
-from data.digest import EMPTY_DIGEST, chain
 from data.errors import CorruptData
 from data.parallel import each
 from data.plan import Plan
 from data.samples import Dataset
 from distrib.manifest import BadCheckpoint, published_checkpoints, read_manifest
+from launch.audit_attempts import (
+    before_the_line,
+    before_the_run,
+    foreign_plan,
+    plans_of_attempts,
+    repeated_lines,
+    wrong_attempts,
+)
+from launch.audit_lines import Before, Fault, Steps, Streams, wrong_line
 from launch.config import RunConfig
 from launch.exit_codes import DO_NOT_RESTART, DONE, STOPPED_EARLY
 from launch.history import History, StepLine, history_of, read_attempts, read_lines
@@ -50,27 +57,6 @@ class Told:
     history: History
     plan: Plan
     config: RunConfig
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something that does not agree, at the end of which step."""
-
-    step: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The steps of a run, as plan and shards have them: how many samples each reads, and what its digest is chained from."""
-
-    positions: list[int]
-    """Samples consumed after each step, after the one that the first of them follows."""
-    folds: list[int]
-    targets: list[int]
-    """Tokens that each step is to predict."""
-    unreadable: dict[int, str]
-    """Why a step cannot be read, by its place in the list."""
 
 
 def audit_run(run_directory: Path, datasets: Sequence[str], workers: int) -> int:
@@ -130,37 +116,37 @@ def _read_checkpoints(run_directory: Path) -> dict[str, Mapping[str, Any]]:
 def _judge(run_directory: Path, told: Told, datasets: Sequence[str], workers: int) -> tuple[str, bool]:
     """The verdict in a line, and whether it is that all is proven."""
     history, plan = told.history, told.plan
-    if (fault := _foreign_plan(told)) is not None:
+    if (fault := foreign_plan(history, plan)) is not None:
         return f"not proven: {fault.text}", False
     if not history.steps and history.flaw is None:
         raise ValueError(f"{run_directory}: no step is in its log yet; train it further")
-    start_position = history.began.resumed_from_position or 0
-    if start_position != position_after(plan, history.began.went_back_to):
-        return "not proven: run.json: the run began at a position at which no step of plan.json ends", False
     data = AuditedData(
         plan,
         dataset_places(run_directory, history.attempts, plan, datasets),
         told.config.data,
-        start_position,
+        history.began.resumed_from_position or 0,
         position_after(plan, history.last_step),
     )
     if data.stop_position >= _MOST_SAMPLES:
         return "not proven: plan.json: its steps have more samples than there can be", False
     opened = open_audited(plan, data.places, data.config)
     begun = time.monotonic()
-    steps, counts = _read_again(data, opened, workers)
+    counting, counts = _read_again(data, opened, workers)
+    faults, unproven = _repeated(told, data, opened, workers)
     seconds = time.monotonic() - begun
-    phrases, faults = _how_often(data, opened, counts)
-    faults += [*_wrong_steps(told, steps), *_wrong_marks(told)]
+    phrases, more = _how_often(data, opened, counts)
+    before = before_the_run(history, plan)
+    faults += [*more, *_wrong_lines(told, history.steps, data, opened, counting, before), *_wrong_marks(told)]
     if history.flaw is not None:
         faults.append(Fault(history.last_step + 1, history.flaw))
     if faults:
         first = min(faults, key=lambda fault: fault.step)
         return f"not proven: {first.text}", False
-    samples = data.stop_position - start_position
+    samples = data.stop_position - data.start_position
     parts = [
         f"proven: steps {history.began.went_back_to + 1} to {history.last_step} read {samples:,} samples as planned",
         *phrases,
+        *unproven,
         f"{samples / max(seconds, 1e-9):,.0f} samples/s",
     ]
     if history.began.resumed_from is not None:
@@ -170,19 +156,51 @@ def _judge(run_directory: Path, told: Told, datasets: Sequence[str], workers: in
     return "; ".join(parts), True
 
 
-def _foreign_plan(told: Told) -> Fault | None:
-    """What is wrong where the plan is not the one that the attempts of the counting steps put on record."""
-    attempts = told.history.attempts
-    of_plan = max((attempt.attempt for attempt in attempts if attempt.plan == told.plan.hash), default=0)
-    last = max((line.attempt for line in told.history.steps), default=0)
-    if of_plan < max(last, 1):
-        return Fault(0, f"plan.json is not the plan that attempt {max(last, 1)} put on record in run.json")
-    return None
+def _repeated(
+    told: Told, data: AuditedData, opened: Mapping[str, Dataset], workers: int
+) -> tuple[list[Fault], list[str]]:
+    """What is wrong with the attempts and with the lines of steps that a later attempt repeated, and a phrase for each
+    attempt whose repeated lines cannot be proven, because it had a plan that is not there any more."""
+    history = told.history
+    plans = plans_of_attempts(history.attempts, told.plan)
+    if faults := wrong_attempts(history, plans, told.plan):
+        return faults, []
+    unproven = []
+    for attempt, lines in repeated_lines(history).items():
+        if (plan := plans.get(attempt)) is None:
+            unproven.append(
+                f"{len(lines)} repeated lines of attempt {attempt} were of a plan that is not there any more"
+            )
+            continue
+        start = position_after(plan, lines[0].step - 1)
+        part = replace(data, plan=plan, start_position=start, stop_position=position_after(plan, lines[-1].step))
+        steps, _ = _read_again(part, opened, workers)
+        faults += _wrong_lines(told, lines, part, opened, steps, before_the_line(history, plan, lines[0]))
+    return faults, unproven
+
+
+def _wrong_lines(
+    told: Told,
+    lines: Sequence[StepLine],
+    data: AuditedData,
+    opened: Mapping[str, Dataset],
+    steps: Steps,
+    before: Before,
+) -> list[Fault]:
+    plans = plans_of_attempts(told.history.attempts, told.plan)
+    streams = Streams(
+        data.plan,
+        [opened[stream.name].samples if stream.name in opened else None for stream in data.plan.streams],
+        frozenset(attempt for attempt, plan in plans.items() if len(plan.streams) > 1),
+    )
+    counts_targets = told.config.task.kind == "language_modelling"
+    fault = wrong_line(lines, steps, before, streams, counts_targets=counts_targets)
+    return [] if fault is None else [fault]
 
 
 def _read_again(data: AuditedData, opened: Mapping[str, Dataset], workers: int) -> tuple[Steps, dict[int, Counts]]:
     """What each step must have read, and how often each sample (samples,) of each of the plan's streams was read by them."""
-    steps = Steps([data.start_position], [], [], {})
+    steps = Steps([data.start_position], [], [], [], {})
     counts = {
         number: np.zeros(opened[stream.name].samples, dtype=np.uint32)
         for number, stream in enumerate(data.plan.streams)
@@ -206,72 +224,15 @@ def _take(steps: Steps, reading: Reading) -> None:
         steps.positions.append(steps.positions[-1] + size)
     steps.folds.extend(reading.folds)
     steps.targets.extend(reading.targets)
-
-
-def _wrong_steps(told: Told, steps: Steps) -> list[Fault]:
-    """The first line that does not say what its step must have read."""
-    history = told.history
-    true = history.began.resumed_from_digest or EMPTY_DIGEST
-    previous: StepLine | None = None
-    for number, line in enumerate(history.steps):
-        where = f"step {line.step} ({line.place})"
-        if number in steps.unreadable:
-            return [Fault(line.step, f"{where}: what it read cannot be read again: {steps.unreadable[number]}")]
-        true = chain(true, steps.folds[number])
-        if line.samples != steps.positions[number + 1]:
-            return [Fault(line.step, f"{where}: says {line.samples} samples, the plan {steps.positions[number + 1]}")]
-        if line.digest != true:
-            return [
-                Fault(
-                    line.step,
-                    f"{where}: expected digest {true}, found {line.digest}; {_why(history, steps, number, true)}",
-                )
-            ]
-        if (wrong := _wrong_tokens(told, previous, line, steps.targets[number])) is not None:
-            return [Fault(line.step, f"{where}: {wrong}")]
-        previous = line
-    return []
-
-
-def _why(history: History, steps: Steps, number: int, true: str) -> str:
-    """What the line after a wrong digest tells of it."""
-    if number + 1 == len(history.steps):
-        return "no line follows it"
-    found, following = history.steps[number].digest, history.steps[number + 1].digest
-    if following == chain(true, steps.folds[number + 1]):
-        return "the next line goes on from the expected one: this line was altered"
-    if _is_digest(found) and following == chain(found, steps.folds[number + 1]):
-        return "the next line goes on from the one found: the step read something else, or all lines from here on were altered"
-    return "the next line goes on from neither: other samples or other bytes were read, or the lines are of another run"
-
-
-def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and len(value) == len(EMPTY_DIGEST) and set(value) <= set("0123456789abcdef")
-
-
-def _wrong_tokens(told: Told, previous: StepLine | None, line: StepLine, targets: int) -> str | None:
-    """Why a line's count of tokens cannot be, as far as data and task alone decide it."""
-    if targets == 0:
-        return None if line.tokens is None else f"says {line.tokens} tokens, of images"
-    if type(line.tokens) is not int:
-        return f"says {line.tokens!r} tokens"
-    before = previous.tokens if previous is not None else 0 if told.history.began.resumed_from is None else None
-    if told.config.task.kind != "language_modelling" or before is None or line.tokens == before + targets:
-        return None
-    return f"says {line.tokens} tokens, with its samples there are {before + targets}"
+    steps.stream_samples.extend(reading.stream_samples)
 
 
 def _wrong_marks(told: Told) -> list[Fault]:
-    """Checkpoints, resumed attempts and the outcome that do not agree with the lines."""
+    """Checkpoints and the outcome that do not agree with the lines."""
     history = told.history
     by_step = {line.step: line for line in history.steps}
     others = {(line.step, line.digest, line.samples) for line in history.superseded}
     faults = []
-    for attempt, following in pairwise(history.attempts):
-        line = by_step.get(following.went_back_to)
-        if line is not None and line.attempt <= attempt.attempt and following.resumed_from_digest != line.digest:
-            began = f"attempt {following.attempt} began from digest {following.resumed_from_digest}"
-            faults.append(Fault(line.step, f"step {line.step}: {began}, but {line.place} has {line.digest}"))
     for name, manifest in told.checkpoints.items():
         found = manifest.get("step"), manifest.get("digest"), manifest.get("position")
         line = by_step.get(manifest["step"])

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from data.errors import CorruptData
 from launch.tracking.metrics_file import FILE_NAME, read_step_lines
 
+_KEYS = ("attempt", "samples", "tokens", "digest", "streams")
+
 
 class DatasetPlace(BaseModel):
     """Where an attempt read a stream."""
@@ -62,6 +64,7 @@ class StepLine:
     samples: Any
     tokens: Any
     digest: Any
+    streams: Any
 
     @property
     def place(self) -> str:
@@ -91,7 +94,7 @@ def read_lines(run_directory: Path) -> list[StepLine]:
     """Every step's line in the order of the file. CorruptData for a line that is none; a torn last one is dropped."""
     try:
         return [
-            StepLine(number, record["step"], *(record.get(key) for key in ("attempt", "samples", "tokens", "digest")))
+            StepLine(number, record["step"], *(record.get(key) for key in _KEYS))
             for number, record in read_step_lines(run_directory)
         ]
     except ValueError as error:

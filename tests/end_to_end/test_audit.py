@@ -172,6 +172,51 @@ def alter_tokens(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return records
 
 
+def repeated_line(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first line of a step that was repeated later, with another after it."""
+    told = {(record["attempt"], record["step"]) for record in records if "digest" in record}
+    later = {attempt: min(step for other, step in told if other == attempt) for attempt in (2, 3)}
+    return next(
+        record
+        for record in records
+        if "digest" in record
+        and record["attempt"] == 1
+        and record["step"] >= later[2]
+        and (1, record["step"] + 1) in told
+    )
+
+
+def alter_repeated_digest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    repeated_line(records)["digest"] = "f" * 32
+    return records
+
+
+def alter_repeated_tokens(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    repeated_line(records)["tokens"] += 1
+    return records
+
+
+def remove_repeated(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    records.remove(repeated_line(records))
+    return records
+
+
+def alter_share(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    step_lines(records, 3)[0]["streams"]["web"]["share"] += 0.1
+    return records
+
+
+def alter_epoch(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    step_lines(records, 1)[0]["streams"]["code"]["epoch"] = 99.0
+    return records
+
+
+def remove_streams(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for record in records:
+        record.pop("streams", None)
+    return records
+
+
 def other_attempt(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     step_lines(records, 3)[1]["attempt"] = 4
     return records
@@ -190,6 +235,12 @@ def other_attempt(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         (alter_samples, r"says \d+ samples, the plan \d+"),
         (alter_tokens, r"says \d+ tokens, with its samples there are \d+"),
         (other_attempt, r"run.json knows no such attempt"),
+        (alter_repeated_digest, r"step \d+ \(line \d+ of metrics.jsonl, attempt 1\): expected digest"),
+        (alter_repeated_tokens, r"attempt 1\): says \d+ tokens"),
+        (remove_repeated, r"follows step \d+ of the same attempt"),
+        (alter_share, r"says of its streams .*, the plan"),
+        (alter_epoch, r"says of its streams .*99.0.*, the plan"),
+        (remove_streams, r"step 1 .*says of its streams None, the plan"),
     ],
 )  # fmt: skip
 def test_a_log_that_was_tampered_with(
@@ -296,15 +347,19 @@ def move_resumption(attempt: dict[str, Any], steps: int) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda attempts: move_resumption(attempts[1], 1), "the plan|two lines|began after"),
-        (lambda attempts: move_resumption(attempts[1], -1), "has no line|began from digest"),
+        (lambda attempts: move_resumption(attempts[1], 1), "another plan|two lines|began after"),
+        (lambda attempts: move_resumption(attempts[1], -1), "began at position"),
         (lambda attempts: attempts[1].update(resumed_from_digest="0" * 32), "attempt 2 began from digest 0000"),
         (lambda attempts: attempts.pop(), "knows no such attempt|is not the plan"),
         (lambda attempts: attempts.pop(0), "not numbered 1, 2"),
         (lambda attempts: attempts[2].update(world_size=2), "saved by 1 workers of native, but attempt 3 had 2"),
         (lambda attempts: attempts[2].update(engine=["native"]), "attempts.2.engine"),
         (lambda attempts: attempts[0].update(resumed_from_step=3), "says only in part"),
-        (lambda attempts: attempts.append({**attempts[2], "attempt": 4, "resumed_from_step": 2}), "no line|digest|outcome"),
+        (lambda attempts: attempts[0].update(plan="0" * 64), "attempt 1 had another plan than plan.json"),
+        (lambda attempts: attempts[1].update(plan=attempts[0]["plan"]), "attempt 2 had another plan than plan.json"),
+        (lambda attempts: attempts[2].update(resumed_from_position=1), "attempt 3 began at position 1, but step"),
+        (lambda attempts: attempts[1].update(resumed_from_position=1), "attempt 2 began at position 1, but step"),
+        (lambda attempts: attempts.append({**attempts[2], "attempt": 4, "resumed_from_step": 2}), "attempt 4 began at position"),
     ],
 )  # fmt: skip
 def test_a_forged_list_of_attempts(

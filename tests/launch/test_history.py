@@ -26,7 +26,7 @@ def simulate(
         attempts.append(attempt(number, step))
         for _ in range(steps):
             step += 1
-            line = StepLine(len(lines) + 1, step, number, 10 * step, 0, f"{number}-{step}")
+            line = StepLine(len(lines) + 1, step, number, 10 * step, 0, f"{number}-{step}", None)
             lines.append(line)
             counting[step] = line
     return attempts, lines, counting
