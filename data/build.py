@@ -137,7 +137,10 @@ class Builder:
         assert self._tokenizer is not None
         end = np.array([self._tokenizer.end_of_document], dtype=self._tokenizer.dtype)
         content, lengths = Content(), dict[str, int]()
-        for batch in _batches(texts):
+        for batch, empty in _batches(texts):
+            content = Content.together([content, Content(empty=empty)])
+            if not batch:
+                continue
             encoded = self._tokenizer.encode_batch([document.text for document in batch])
             pieces: dict[str, list[npt.NDArray[Any]]] = {}
             size_bytes = 0
@@ -339,20 +342,22 @@ def _map(path: Path, dtype: str) -> npt.NDArray[Any]:
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
-def _batches(texts: Iterator[Document]) -> Iterator[list[Document]]:
+def _batches(texts: Iterator[Document]) -> Iterator[tuple[list[Document], int]]:
+    """Batches of texts, and how many empty ones were left out of each: there is nothing to learn from many `__init__.py`."""
     batch: list[Document] = []
-    characters = 0
+    characters = empty = 0
     for document in texts:
         if not document.text:
-            continue  # there is nothing to learn from it (many `__init__.py`)
+            empty += 1
+            continue
         utf8(document)
         batch.append(document)
         characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+            yield batch, empty
+            batch, characters, empty = [], 0, 0
+    if batch or empty:
+        yield batch, empty
 
 
 def utf8(document: Document) -> bytes:

@@ -26,6 +26,8 @@ class DatasetFacts:
     kind: Literal["tokens", "images"]
     vocabulary_size: int | None = None
     sequence_tokens: int | None = None
+    left_out_tokens: int = 0
+    """Targets that are in no sample, because the rest of a shard after its last sample is shorter than one."""
     separate_documents: bool = False
     classes: int | None = None
     class_names: tuple[str, ...] = ()

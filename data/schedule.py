@@ -22,6 +22,8 @@ class Progress:
     """
 
     documents: int
+    empty: int
+    """Texts without a character, which were left out."""
     tokens: int
     size_bytes: int
     found_bytes: int
@@ -177,6 +179,7 @@ class UnitSchedule:
             self._total = total.model_copy(
                 update={
                     "documents": total.documents - before.documents,
+                    "empty": total.empty - before.empty,
                     "tokens": total.tokens - before.tokens,
                     "size_bytes": total.size_bytes - before.size_bytes,
                 }
@@ -192,6 +195,7 @@ class UnitSchedule:
         self._watch(
             Progress(
                 documents=self._total.documents + begun.documents,
+                empty=self._total.empty,
                 tokens=self._total.tokens + begun.tokens,
                 size_bytes=self._total.size_bytes + begun.size_bytes,
                 found_bytes=self._found_bytes,

@@ -43,6 +43,7 @@ class TokenDataset:
         files = [[*entry.files()] for entry in self._entries]
         self.packing_identity: str | None = None
         self._packed: tuple[PackedShardEntry, ...] | None = None
+        left_out_tokens = 0
         if config.packing == "best_fit":
             packing = read_packing(store, manifest, sequence_tokens)
             self.packing_identity, self._packed = packing.identity, packing.splits[split]
@@ -53,6 +54,8 @@ class TokenDataset:
             counts = [packed.bins for packed in self._packed]
         else:
             counts = [samples_of(entry.tokens or 0, sequence_tokens) for entry in self._entries]
+            targets = [(entry.tokens or 1) - 1 for entry in self._entries]
+            left_out_tokens = sum(targets) - sum(counts) * sequence_tokens
         self._shards = OpenShards(store, files, self._open)
         self._ends = np.cumsum(counts, dtype=np.int64)
         self.shard_samples = np.diff(self._ends, prepend=0)
@@ -85,6 +88,7 @@ class TokenDataset:
             kind="tokens",
             vocabulary_size=manifest.tokenizer.vocabulary_size,
             sequence_tokens=sequence_tokens,
+            left_out_tokens=left_out_tokens,
             separate_documents=config.separate_documents,
         )
 

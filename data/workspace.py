@@ -40,9 +40,11 @@ class _Record(BaseModel):
 
 
 class Content(_Record):
-    """What a unit or a group holds; `size_bytes` of text or of encoded images. The rest is of images."""
+    """What a unit or a group holds; `size_bytes` of text or of encoded images, `empty` texts were left out. The rest is of
+    images."""
 
     documents: Natural = 0
+    empty: Natural = 0
     tokens: Natural = 0
     size_bytes: Natural = 0
     shape: Shape | None = None
@@ -53,6 +55,7 @@ class Content(_Record):
         """The sum."""
         return cls(
             documents=sum(content.documents for content in contents),
+            empty=sum(content.empty for content in contents),
             tokens=sum(content.tokens for content in contents),
             size_bytes=sum(content.size_bytes for content in contents),
             shape=common_shape(content.shape for content in contents),

@@ -89,7 +89,9 @@ def describe_epochs(config: RunConfig, plan: Plan, training: Mapping[str, Datase
         samples = training[stream.name].samples
         share = f"stream {stream.name}: {stream.quota / BLOCK_SAMPLES:.2%} of the samples" if stream.name else "data"
         epochs = consumed[plan.number_of(stream)] / samples
-        lines.append(f"{share}: {samples:,} training samples, {epochs:.2f} epochs in {config.run.steps} steps")
+        left_out = training[stream.name].facts.left_out_tokens
+        rest = f"; {left_out:,} tokens at the ends of shards are in no sample" if left_out else ""
+        lines.append(f"{share}: {samples:,} training samples, {epochs:.2f} epochs in {config.run.steps} steps{rest}")
     return lines
 
 

@@ -103,7 +103,7 @@ def _say(line: str) -> None:
 def _watched(work: Callable[[Callable[[Progress], None]], Path]) -> tuple[Path, str]:
     """Do the work, with a bar where somebody sees it. Returns its result, and a line of what was read and how fast."""
     begun = time.monotonic()
-    last = Progress(documents=0, tokens=0, size_bytes=0, found_bytes=0, read_bytes=0, input_bytes=None)
+    last = Progress(documents=0, empty=0, tokens=0, size_bytes=0, found_bytes=0, read_bytes=0, input_bytes=None)
     with _bar() as show:
 
         def watch(progress: Progress) -> None:
@@ -118,7 +118,8 @@ def _watched(work: Callable[[Callable[[Progress], None]], Path]) -> tuple[Path, 
 
 def _counts(progress: Progress) -> str:
     tokens = f", {progress.tokens:,} tokens" if progress.tokens else ""
-    return f"{progress.documents:,} documents{tokens}"
+    empty = f" (and {progress.empty:,} empty ones, left out)" if progress.empty else ""
+    return f"{progress.documents:,} documents{empty}{tokens}"
 
 
 def _speed(progress: Progress, seconds: float) -> str:

@@ -140,11 +140,15 @@ def test_shards_are_cut_at_document_ends(tmp_path: Path) -> None:
 
 def test_progress_counts_documents_tokens_and_bytes(tmp_path: Path) -> None:
     seen: list[Progress] = []
-    prepare(token_config(tmp_path), watch=seen.append)
+    config = token_config(tmp_path)
+    with (tmp_path / "corpus.jsonl").open("a") as corpus:
+        corpus.write('{"text": ""}\n' * 2)
+    prepare(config, watch=seen.append)
     size_bytes = sum(len(lorem(number).encode()) for number in range(60))
     input_bytes = (tmp_path / "corpus.jsonl").stat().st_size
     assert seen[-1] == Progress(
         documents=60,
+        empty=2,
         tokens=size_bytes + 60,
         size_bytes=size_bytes,
         found_bytes=0,

@@ -155,3 +155,13 @@ def test_threads_never_share_memory() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_targets_that_are_in_no_sample_are_counted(many_shards: tuple[Path, DataConfig]) -> None:
+    directory, _ = many_shards
+    dataset = opened(many_shards)
+    shards = read_manifest(LocalStore(directory)).splits["train"].shards
+    targets = sum((shard.tokens or 0) - 1 for shard in shards)
+    sequence_tokens = dataset.facts.sequence_tokens
+    assert sequence_tokens is not None
+    assert dataset.facts.left_out_tokens == targets - dataset.samples * sequence_tokens > 0
