@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from data.cache import ShardCache
 from data.download import MakeRoom, Patience, describe_failure, download
 from data.errors import CorruptData
-from data.manifest import FileEntry
+from data.manifest import MANIFEST_NAME, FileEntry
 from data.needs import Needs
 
 log = logging.getLogger("lockstep")
@@ -34,10 +34,11 @@ LOOK_SECONDS = 0.1
 class Remote:
     """A directory at an fsspec address. The connection is made when it is first used."""
 
-    def __init__(self, address: str, timeout_seconds: float) -> None:
+    def __init__(self, address: str, timeout_seconds: float, patience: Patience) -> None:
         self.address = address
         self.protocol = address.partition("://")[0]
         self.timeout_seconds = timeout_seconds
+        self._patience = patience
         self._connected: tuple[Any, str] | None = None
         self._lock = threading.Lock()
 
@@ -71,9 +72,58 @@ class Remote:
             return {"requests_timeout": seconds}
         return {}
 
-    def file(self, name: str) -> "RemoteFile":
-        """A file of the directory, whether or not it is there."""
-        return RemoteFile(self, name)
+    def read(self, name: str) -> bytes | None:
+        """The whole of a small file; None if there is none. ValueError where it cannot be read."""
+        failures = 0
+        while True:
+            content = bytearray()
+            try:
+                for piece in RemoteFile(self, name).read_from(0)[1]:
+                    content += piece
+                    if len(content) > MOST_READ_BYTES:
+                        raise CorruptData(f"{self.address}/{name}: more than {MOST_READ_BYTES} bytes; not a manifest")
+                return bytes(content)
+            except FileNotFoundError:
+                return None
+            except CorruptData:
+                raise
+            except Exception as error:  # implementations raise their own types
+                failures += 1
+                if failures > self._patience.retries or isinstance(error, PermissionError):
+                    raise describe_failure(f"{self.address}/{name}", error) from error
+            time.sleep(self._patience.pause(failures))
+
+    def fetch(self, entry: FileEntry, file: FileIO, make_room: MakeRoom) -> None:
+        """`data.download.download` of a listed file."""
+        download(RemoteFile(self, entry.name), entry, file, self._patience, make_room)
+
+    def names(self) -> list[str] | None:
+        """What lies in the directory, sorted; None where nobody says it: the protocol or the server does not list."""
+        filesystem, root = self.connect()
+        failures = 0
+        while True:
+            filesystem.invalidate_cache()
+            try:
+                found = filesystem.ls(root, detail=False)
+                break
+            except Exception as error:  # implementations raise their own types
+                failures += 1
+                if failures > self._patience.retries or _is_final(error):
+                    return None
+            time.sleep(self._patience.pause(failures))
+        if self.protocol in ("http", "https"):  # the links of a page: also those that sort it, or lead elsewhere
+            links = {path.removeprefix(f"{root}/").rstrip("/") for path in found}
+            names = {unquote(link) for link in links if link and not set(link) & set("?#/")}
+        else:
+            names = {path.rstrip("/").rsplit("/", 1)[-1] for path in found}
+        # What does not show the manifest, which is there, is some page and no listing.
+        return sorted(names) if MANIFEST_NAME in names else None
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether a request failed for a reason that stays: what was asked for is not there, or not for us."""
+    kinds = FileNotFoundError | PermissionError | NotImplementedError
+    return isinstance(error, kinds) or 400 <= getattr(error, "status", 0) < 500
 
 
 @dataclass(frozen=True)
@@ -125,9 +175,8 @@ class RemoteStore:
         self.address = address
         self.cache = cache
         self.looks_ahead_bytes = cache.limit_bytes
-        self._remote = Remote(address, timeout_seconds)
+        self._remote = Remote(address, timeout_seconds, patience)
         self._remote.connect()
-        self._patience = patience
         self._needs = Needs()
         # Held for the bookkeeping below, never while anything is read or downloaded.
         self._lock = threading.Lock()
@@ -139,24 +188,10 @@ class RemoteStore:
         self._passed_over: set[str] = set()
 
     def read(self, name: str) -> bytes | None:
-        failures = 0
-        while True:
-            content = bytearray()
-            try:
-                for piece in self._remote.file(name).read_from(0)[1]:
-                    content += piece
-                    if len(content) > MOST_READ_BYTES:
-                        raise CorruptData(f"{self.address}/{name}: more than {MOST_READ_BYTES} bytes; not a manifest")
-                return bytes(content)
-            except FileNotFoundError:
-                return None
-            except CorruptData:
-                raise
-            except Exception as error:  # implementations raise their own types
-                failures += 1
-                if failures > self._patience.retries or isinstance(error, PermissionError):
-                    raise describe_failure(f"{self.address}/{name}", error) from error
-            time.sleep(self._patience.pause(failures))
+        return self._remote.read(name)
+
+    def names(self) -> list[str] | None:
+        return self._remote.names()
 
     def check(self, entry: FileEntry) -> None:
         if entry.bytes > self.cache.limit_bytes:
@@ -182,8 +217,7 @@ class RemoteStore:
             return entry in self._needs
 
     def _fill(self, entry: FileEntry) -> Callable[[FileIO, MakeRoom], None]:
-        source = self._remote.file(entry.name)
-        return lambda file, make_room: download(source, entry, file, self._patience, make_room)
+        return lambda file, make_room: self._remote.fetch(entry, file, make_room)
 
     def _go_on(self) -> None:
         """Now and then: forget what is past, and start a thread if there is something to fetch ahead."""

@@ -27,6 +27,10 @@ class Store(Protocol):
         """The whole of a small file; None if there is none. ValueError where it cannot be read."""
         ...
 
+    def names(self) -> list[str] | None:
+        """What lies beside the manifest, and that, sorted; None where nobody says it."""
+        ...
+
     def check(self, entry: FileEntry) -> None:
         """What can be said of a listed file without reading it: CorruptData if it cannot be the one that was prepared."""
         ...
@@ -70,6 +74,9 @@ class LocalStore:
             return None
         except OSError as error:
             raise ValueError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
+
+    def names(self) -> list[str]:
+        return sorted(os.listdir(self.directory))
 
     def check(self, entry: FileEntry) -> None:
         """It must be a regular file in the directory, of the size listed."""
@@ -125,6 +132,24 @@ def open_store(address: Path | str, config: DataConfig) -> Store:
         patience=Patience(config.download_retries, config.download_pause_seconds),
         timeout_seconds=config.download_timeout_seconds,
         download_threads=config.download_threads,
+    )
+
+
+def open_fresh_store(address: Path | str) -> Store:
+    """The store at a path or an address, and no cache between: what is read of it is what lies there now.
+
+    ValueError as `open_store`.
+    """
+    address = parse_address(address)
+    if not is_remote(address):
+        return LocalStore(Path(address))
+    from data.fresh import FreshStore  # takes fsspec along
+
+    usual = DataConfig()
+    return FreshStore(
+        address,
+        patience=Patience(usual.download_retries, usual.download_pause_seconds),
+        timeout_seconds=usual.download_timeout_seconds,
     )
 
 

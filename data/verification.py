@@ -1,9 +1,8 @@
 """Every byte of a prepared dataset against its manifest, and what lies in the shards against what readers rely on."""
 
 import hashlib
-import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from data.config import DataConfig
-from data.errors import CorruptData
+from data.errors import CorruptData, NoRoom, Unavailable
 from data.manifest import BLOCK_BYTES, MANIFEST_NAME, RESTORE, FileEntry, Manifest, ShardEntry
 from data.packed_shard import PackedShard
 from data.packing import LOCK_NAME, PackedShardEntry, head_name, read_packing
 from data.shards import CheckedFile, ImageShard, read_document_ends
-from data.store import LocalStore, Store, open_store, read_manifest
+from data.store import Store, open_fresh_store, read_manifest
 from data.tokenizers import load_tokenizer
 
 _SHOWN_BLOCKS = 8
@@ -54,15 +52,22 @@ def items_of(manifest: Manifest) -> Iterator[Item]:
             yield Item(tuple(shard.files()), shard)
 
 
-def packed_items(store: Store, manifest: Manifest, problems: list[str]) -> Iterator[Item]:
-    """The packing indexes that lie beside the shards; to `problems` what is wrong with their heads."""
+def packings_among(names: Iterable[str]) -> set[int]:
+    """The lengths of sequences, in tokens, for which files of these names say how documents are packed."""
+    found = (re.fullmatch(r"packing-best_fit-T([1-9][0-9]{0,15})\.json", name) for name in names)
+    return {int(match[1]) for match in found if match is not None}
+
+
+def packed_items(
+    store: Store, manifest: Manifest, sequence_tokens: Iterable[int], problems: list[str]
+) -> Iterator[Item]:
+    """The packing indexes for sequences of so many tokens; to `problems` what is wrong with their heads."""
     shards = {shard.data.name: shard for split in manifest.splits.values() for shard in split.shards}
-    for name in listed_names(store):
-        tokens = re.fullmatch(r"packing-best_fit-T([1-9][0-9]{0,15})\.json", name)
-        if tokens is None:
-            continue
+    for tokens in sorted(sequence_tokens):
         try:
-            packing = read_packing(store, manifest, int(tokens[1]))
+            packing = read_packing(store, manifest, tokens)
+        except (Unavailable, NoRoom):
+            raise
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -70,23 +75,18 @@ def packed_items(store: Store, manifest: Manifest, problems: list[str]) -> Itera
             yield Item((entry.index,), shards[entry.shard], entry, packing.sequence_tokens)
 
 
-def unlisted_files(store: Store, items: Iterable[Item]) -> list[str]:
-    """Names beside a dataset's manifest that nothing lists, so that nothing reads them."""
+def unlisted_files(names: Iterable[str], items: Collection[Item]) -> list[str]:
+    """Those of the names beside a dataset's manifest that nothing lists, so that nothing reads them."""
     listed = {file.name for item in items for file in item.files}
     heads = {head_name(item.sequence_tokens) for item in items if item.packed is not None}
-    return sorted(set(listed_names(store)) - {MANIFEST_NAME, LOCK_NAME} - listed - heads)
-
-
-def listed_names(store: Store) -> list[str]:
-    """What lies in a dataset's directory; nothing of a remote one, which is only asked for what its manifest lists."""
-    return sorted(os.listdir(store.directory)) if isinstance(store, LocalStore) else []
+    return sorted(set(names) - {MANIFEST_NAME, LOCK_NAME} - listed - heads)
 
 
 class Verifier:
     """Verifies items of one dataset, in one process."""
 
     def __init__(self, address: Path | str) -> None:
-        self._store = open_store(address, DataConfig())
+        self._store = open_fresh_store(address)
         self._manifest = read_manifest(self._store)
 
     def __call__(self, item: Item) -> Found:
@@ -95,6 +95,8 @@ class Verifier:
         if not problems:  # what is not as it was prepared says nothing about how it was prepared
             try:
                 self._verify_contents(item)
+            except (Unavailable, NoRoom):
+                raise
             except ValueError as error:
                 problems.append(str(error))
         return Found(item, tuple(problems))
@@ -151,7 +153,7 @@ class Verifier:
         assert tokenizer is not None
         assert dtype is not None
         try:
-            self._store.check(shard.data)
+            self._store.open(shard.data).close()
         except CorruptData:
             return  # told of the shard; without it an index cannot be followed
         end = tokenizer.end_of_document

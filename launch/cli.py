@@ -141,6 +141,9 @@ def _add_data_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
     )
     verify.add_argument("address", metavar="DATASET", help="its directory, or an address such as s3://BUCKET/PLACE")
     _add_workers(verify)
+    _add_pack_tokens(
+        verify, "the packing index for sequences of T tokens must be there: for addresses that cannot be listed"
+    )
     verify.set_defaults(run=_verify_data)
     order = actions.add_parser("order", allow_abbrev=False, help="what a step reads, computed without running anything")
     order.add_argument("target", metavar="RECIPE|RUN", help="a run's directory, or a recipe whose data is prepared")
@@ -172,14 +175,17 @@ def _add_datasets(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_pack_tokens(parser: argparse.ArgumentParser) -> None:
+def _add_pack_tokens(
+    parser: argparse.ArgumentParser,
+    what: str = "also pack documents into sequences of T tokens, for data.packing=best_fit",
+) -> None:
     parser.add_argument(
         "--pack-tokens",
         type=_sequence_tokens,
         action="append",
         default=[],
         metavar="T",
-        help="also pack documents into sequences of T tokens, for data.packing=best_fit; may be repeated",
+        help=f"{what}; may be repeated",
     )
 
 
@@ -336,7 +342,7 @@ def _verify_data(arguments: argparse.Namespace) -> int:
     workers = _workers_of(arguments)
     from launch.data_commands import verify_dataset
 
-    return verify_dataset(arguments.address, workers)
+    return verify_dataset(arguments.address, workers, arguments.pack_tokens)
 
 
 def _order(arguments: argparse.Namespace) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 
 from data.config import DataConfig
 from data.examples import Examples, shorten
 from data.manifest import Manifest
 from data.parallel import each
-from data.store import open_store, read_manifest
-from data.verification import Verifier, items_of, packed_items, unlisted_files
+from data.store import open_fresh_store, open_store, read_manifest
+from data.verification import Verifier, items_of, packed_items, packings_among, unlisted_files
 from launch.exit_codes import DO_NOT_RESTART, DONE
 from launch.tables import Bar, format_table
 
@@ -61,12 +62,18 @@ def _counts(manifest: Manifest, name: str) -> tuple[str, ...]:
     return name, f"{split.documents:,}", tokens, f"{size:,}", str(len(split.shards))
 
 
-def verify_dataset(address: str, workers: int) -> int:
-    """Reads every byte of a dataset and prints every problem, then a line of sum. Returns an exit code."""
-    store = open_store(address, DataConfig())
+def verify_dataset(address: str, workers: int, sequence_tokens: Sequence[int] = ()) -> int:
+    """Reads every byte of a dataset, at an address every one anew, and prints every problem, then a line of sum.
+
+    The packing indexes for sequences of so many tokens must be there; all others that can be found are read too. Returns
+    an exit code.
+    """
+    store = open_fresh_store(address)
     manifest = read_manifest(store)
+    names = store.names()
     problems: list[str] = []
-    items = [*items_of(manifest), *packed_items(store, manifest, problems)]
+    packings = {*sequence_tokens, *packings_among(names or ())}
+    items = [*items_of(manifest), *packed_items(store, manifest, packings, problems)]
     total = sum(item.bytes for item in items)
     with Bar("verifying", total, of_bytes=True) as bar:
         for problem in problems:
@@ -76,8 +83,13 @@ def verify_dataset(address: str, workers: int) -> int:
                 bar.say(f"BAD: {problem}")
             problems += found.problems
             bar.advance(found.item.bytes)
-    for name in unlisted_files(store, items):
+    for name in unlisted_files(names or (), items):
         print(f"not listed: {address}/{name} is not of the dataset; nothing reads it")
+    if names is None:
+        print(
+            f"not checked: {address} cannot be listed, so that only what its manifest lists was read; name its packing "
+            "indexes by --pack-tokens T"
+        )
     files = sum(len(item.files) for item in items)
     state = "good" if not problems else f"BAD: {len(problems)} problem{'s' if len(problems) > 1 else ''}"
     print(f"{address}: {state}; {files} files, {total:,} bytes, fingerprint {manifest.fingerprint}")

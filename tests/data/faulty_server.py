@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 FaultKind = Literal["status", "reset", "stall", "truncate", "flip", "longer"]
 
@@ -29,10 +29,12 @@ class Fault:
 
 @dataclass
 class FaultyServer:
-    """`faults[name]` are used up one by one by GETs of that file; `always[name]` is not used up."""
+    """`faults[name]` are used up one by one by GETs of that file; `always[name]` is not used up. The directory itself
+    is shown as a page of links where it `lists`."""
 
     directory: Path
     ranges: bool = True
+    lists: bool = False
     faults: dict[str, list[Fault]] = field(default_factory=lambda: defaultdict(list))
     always: dict[str, Fault] = field(default_factory=dict)
     requests: Counter[str] = field(default_factory=Counter)
@@ -55,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
         name = unquote(self.path).lstrip("/")
         fault = self.state.next_fault(name)
         try:
-            content = (self.state.directory / name).read_bytes()
+            content = self._page() if not name and self.state.lists else (self.state.directory / name).read_bytes()
         except OSError:
             return self._refuse(404)
         if fault is not None and fault.kind == "status":
@@ -81,6 +83,10 @@ class _Handler(BaseHTTPRequestHandler):
         if broken and fault is not None:
             self._break_off(fault)
         return None
+
+    def _page(self) -> bytes:
+        links = ["?C=N;O=D", "/", *sorted(os.listdir(self.state.directory))]
+        return "\n".join(f'<a href="{quote(link, safe="?=;/")}">{link}</a>' for link in links).encode()
 
     def _break_off(self, fault: Fault) -> None:
         self.wfile.flush()
@@ -112,10 +118,10 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serving(directory: Path, *, ranges: bool = True) -> Iterator[FaultyServer]:
+def serving(directory: Path, *, ranges: bool = True, lists: bool = False) -> Iterator[FaultyServer]:
     """Serve a directory until the end of the block."""
     os.environ["NO_PROXY"] = "127.0.0.1"
-    state = FaultyServer(directory, ranges)
+    state = FaultyServer(directory, ranges, lists)
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": state}))
     state.address = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)

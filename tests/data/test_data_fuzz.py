@@ -33,7 +33,7 @@ from data.prepare import prepare
 from data.shards import IMAGE_SCHEMA
 from data.store import LocalStore, read_manifest
 from data.tokenizers import load_tokenizer
-from data.verification import Verifier, items_of, packed_items, unlisted_files
+from data.verification import Verifier, items_of, packed_items, packings_among, unlisted_files
 from tests.data.data_helpers import lorem, prepared_tokens, write_images, write_jsonl
 
 CONFIGS = {
@@ -124,8 +124,8 @@ def verify_tells(directory: Path) -> list[str]:
         manifest = read_manifest(store)
     except ValueError as error:
         return [str(error)]
-    items = [*items_of(manifest), *packed_items(store, manifest, problems)]
-    unlisted_files(store, items)
+    items = [*items_of(manifest), *packed_items(store, manifest, packings_among(store.names()), problems)]
+    unlisted_files(store.names(), items)
     verifier = Verifier(directory)
     problems += [problem for item in items for problem in verifier(item).problems]
     assert all("\n" not in problem for problem in problems)

@@ -25,6 +25,7 @@ from launch.cli import main
 from launch.planning import segment_of
 from launch.recipe import load_recipe
 from tests.data.data_helpers import lorem, prepared_tokens, write_images, write_jsonl
+from tests.data.faulty_server import serving
 
 Say = Callable[..., tuple[int, list[str]]]
 
@@ -116,6 +117,72 @@ def test_verify_lists_every_problem(texts: Path, tmp_path: Path, say: Say, worke
     assert len(problems) == 5
     assert f"not listed: {directory / 'notes.txt'} is not of the dataset; nothing reads it" in lines
     assert lines[-1].startswith(f"{directory}: BAD: 5 problems; ")
+
+
+def flip(path: Path, at: int = 9) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_verify_reads_what_lies_at_the_address_and_not_what_the_cache_kept(
+    texts: Path, tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    for variable in ("XDG_CACHE_HOME", "TMPDIR"):
+        (tmp_path / variable).mkdir()
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    monkeypatch.setattr("tempfile.tempdir", None)  # found out once a process
+    directory = Path(shutil.copytree(texts, tmp_path / "copy"))
+    with serving(directory) as server:
+        assert say("info", server.address, "--examples", 100)[0] == 0  # fills the cache
+        kept = sorted((tmp_path / "XDG_CACHE_HOME" / "lockstep" / "shards" / "files").iterdir())
+        assert len(kept) > 10
+        server.requests.clear()
+        assert say("verify", server.address, "--workers", workers)[0] == 0
+        assert all(count == 1 for name, count in server.requests.items() if name.startswith(("train", "validation")))
+        shards = sorted(directory.glob("train-*.bin"))
+        for shard in shards:
+            flip(shard)
+        code, lines = say("verify", server.address, "--workers", workers)
+    assert code == 78
+    for shard in shards:
+        (line,) = (line for line in lines if f"/{shard.name}: " in line)
+        assert line.startswith(f"BAD: {server.address}/")
+        assert "never what the manifest lists" in line
+    assert f": BAD: {len(shards)} problems; " in lines[-1]
+    assert sorted((tmp_path / "XDG_CACHE_HOME" / "lockstep" / "shards" / "files").iterdir()) == kept
+    assert list((tmp_path / "TMPDIR").iterdir()) == []
+
+
+def test_verify_of_an_address_reads_its_packing_indexes(texts: Path, tmp_path: Path, say: Say) -> None:
+    directory = Path(shutil.copytree(texts, tmp_path / "copy"))
+    (directory / "notes of mine.txt").write_text("mine")
+    not_checked = "cannot be listed, so that only what its manifest lists was read; name its packing indexes by --pack"
+    with serving(directory, lists=True) as listing, serving(directory) as silent:
+        for address in (f"file://{directory}", listing.address):
+            code, lines = say("verify", address, "--workers", 1)
+            assert code == 0
+            assert lines[0] == f"not listed: {address}/notes of mine.txt is not of the dataset; nothing reads it"
+            assert len(lines) == 2
+        code, lines = say("verify", silent.address, "--workers", 1)
+        assert (code, len(lines)) == (0, 2)
+        assert lines[0].startswith(f"not checked: {silent.address} {not_checked}")
+        flip(directory / "packing-best_fit-T16-train-00000.index")
+        for words in ([f"file://{directory}"], [listing.address], [silent.address, "--pack-tokens", 16]):
+            code, lines = say("verify", *words, "--workers", 1)
+            assert code == 78
+            (problem,) = (line for line in lines if line.startswith("BAD: "))
+            assert f"{words[0]}/packing-best_fit-T16-train-00000.index: " in problem
+        assert say("verify", silent.address, "--workers", 1)[0] == 0
+        flip(directory / "packing-best_fit-T16.json", 40)
+        for words in ([f"file://{directory}"], [silent.address, "--pack-tokens", 16]):
+            code, lines = say("verify", *words, "--workers", 1)
+            assert code == 78
+            assert "packing-best_fit-T16.json: altered or damaged" in lines[0]
+        assert say("verify", silent.address, "--workers", 1, "--pack-tokens", 99)[0] == 78
+    assert say("verify", texts, "--workers", 1, "--pack-tokens", 16)[0] == 0
+    assert say("verify", texts, "--workers", 1, "--pack-tokens", 99)[0] == 78
 
 
 def test_verify_of_what_is_no_dataset(tmp_path: Path, images: Path, say: Say) -> None:
