@@ -123,17 +123,18 @@ def prepare(
     return directory
 
 
-def merge(directory: Path, *, workers: int | None = None, watch: Watch | None = None, tell: Tell | None = None) -> Path:
+def merge(directory: Path, *, workers: int | None = None, watch: Watch | None = None, tell: Tell | None = None) -> bool:
     """Put together what parts have prepared: check that all of it is there and as it was written, and give it its name.
 
-    May be killed and called again. ValueError of one line where groups are missing or damaged: which parts to run again.
+    May be killed and called again. False where it was done before: then nothing but the manifest is read. ValueError of
+    one line where groups are missing or damaged: which parts to run again.
     """
     call = _Call(directory, len(os.sched_getaffinity(0)) if workers is None else workers, watch, tell or _ignore)
     with _in_one_line(directory), _locked(directory):
         if _exists(directory):
             read_manifest(LocalStore(directory))
             shutil.rmtree(_home(directory), ignore_errors=True)
-            return directory
+            return False
         workspace, plan = _parts_of(directory)
         entry = _tokenizer_of_parts(workspace, plan)
         missing = [group for group in range(len(plan.groups)) if not workspace.group_path(group).exists()]
@@ -142,7 +143,7 @@ def merge(directory: Path, *, workers: int | None = None, watch: Watch | None = 
         work_through(verification, _job(plan, workspace, entry), min(call.workers, len(plan.groups)))
         _refuse_missing(workspace, directory, plan, verification.damaged, "damaged")
         _finish(workspace, directory, plan, entry, verification.records)
-    return directory
+    return True
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,10 @@ def prepare_and_tell(config: DataConfig, *, workers: int | None = None, part: Pa
 def merge_and_tell(directory: Path, *, workers: int | None = None) -> Path:
     """`data.prepare.merge`, with a line after."""
     begun = time.monotonic()
-    merge(directory, workers=workers)
-    _say(f"merged {directory}: every byte verified in {time.monotonic() - begun:.1f} s")
+    if merge(directory, workers=workers):
+        _say(f"merged {directory}: every byte verified in {time.monotonic() - begun:.1f} s")
+    else:
+        _say(f"{directory}: was made before; `lockstep data verify {directory}` reads its bytes")
     return directory
 
 

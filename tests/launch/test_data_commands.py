@@ -360,3 +360,19 @@ def test_documents_are_packed_when_a_dataset_is_prepared(
     told = capsys.readouterr().err
     assert "give it to `lockstep data merge`" in told
     assert "--pack-tokens: 0: must be a whole number of at least 1" in told
+
+
+def test_a_merge_of_what_was_merged_before_claims_to_have_verified_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(tmp_path / "texts.jsonl", [lorem(number) for number in range(40)])
+    made = tmp_path / "made"
+    assert main(["prepare", f"jsonl:{source}#text", "--out", str(made), "--part", "1/1"]) == 0
+    capsys.readouterr()
+    assert main(["data", "merge", str(made)]) == 0
+    assert capsys.readouterr().out.startswith(f"merged {made}: every byte verified in ")
+    flip(made / "train-00000.bin")
+    assert main(["data", "merge", str(made)]) == 0
+    told = f"{made}: was made before; `lockstep data verify {made}` reads its bytes"
+    assert capsys.readouterr().out.splitlines() == [told, str(made)]
+    assert main(["data", "verify", str(made), "--workers", "1"]) == 78
