@@ -1,5 +1,6 @@
 """Reading: the documents or images of one unit of a source, in order."""
 
+import codecs
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -169,7 +170,9 @@ def _read_jsonl(unit: UnitInput) -> Iterator[Document]:
     assert field is not None
     for path, start, stop in _parts(unit):
         for position, line in lines_of(path, start, stop):
-            if line.isspace():
+            if position == 0:  # JSON has no byte order mark, but some editors write one before it
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
                 continue
 
             def where(path: Path = path, position: int = position) -> str:

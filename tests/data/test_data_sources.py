@@ -97,6 +97,25 @@ def test_line_ends_and_unicode_are_kept(tmp_path: Path) -> None:
     assert sorted(stored_texts(directory)) == sorted(text + str(number) for number, text in enumerate(texts * 4))
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_byte_order_mark_before_jsonl_is_none_of_its_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool
+) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 500)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, texts in (("a", TEXTS[:20]), ("b", TEXTS[20:])):
+        path = write_jsonl(folder / f"{name}.jsonl", texts)
+        marked = b"\xef\xbb\xbf" + path.read_bytes()
+        path.unlink()
+        Path(f"{path}.gz" if compressed else path).write_bytes(gzip.compress(marked) if compressed else marked)
+    (folder / "c.jsonl").write_bytes(b"\xef\xbb\xbf")
+    assert sorted(stored_texts(prepared(tmp_path, f"jsonl:{folder}#text"))) == sorted(TEXTS)
+    (folder / "d.jsonl").write_bytes(b'{"text": "x"}\n\xef\xbb\xbf{"text": "y"}\n')
+    with pytest.raises(ValueError, match=r"d\.jsonl:2: not JSON"):
+        prepared(tmp_path, f"jsonl:{folder}#text", directory=tmp_path / "other")
+
+
 def test_jsonl_and_parquet(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
     assert sorted(stored_texts(prepared(tmp_path, f"jsonl:{source}#text"))) == sorted(TEXTS)
