@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from data.addresses import is_remote
 from data.build import Job
 from data.config import IMAGE_KINDS, DataConfig, bpe_size
 from data.dataset_files import finish_dataset, sync_directory
+from data.locks import take_lock
 from data.manifest import FORMAT_VERSION, TokenizerEntry
 from data.schedule import UnitSchedule, Verification, Watch
 from data.sources import Source, common_class_names, open_source, source_state
@@ -120,6 +120,7 @@ def prepare(
         with _locked(directory):
             if not _is_prepared(directory, config):  # another process may have made it while this one waited
                 _prepare_whole(config, call)
+            _clean_up(directory)
     return directory
 
 
@@ -130,20 +131,14 @@ def merge(directory: Path, *, workers: int | None = None, watch: Watch | None = 
     one line where groups are missing or damaged: which parts to run again.
     """
     call = _Call(directory, len(os.sched_getaffinity(0)) if workers is None else workers, watch, tell or _ignore)
-    with _in_one_line(directory), _locked(directory):
-        if _exists(directory):
+    with _in_one_line(directory):
+        if not _home(directory).is_dir():  # it goes when the dataset has its name: this one is made, or was never begun
+            if not _exists(directory):
+                raise _no_parts(directory, "nothing was prepared for it")
             read_manifest(LocalStore(directory))
-            shutil.rmtree(_home(directory), ignore_errors=True)
             return False
-        workspace, plan = _parts_of(directory)
-        entry = _tokenizer_of_parts(workspace, plan)
-        missing = [group for group in range(len(plan.groups)) if not workspace.group_path(group).exists()]
-        _refuse_missing(workspace, directory, plan, missing, "missing")
-        verification = Verification(range(len(plan.groups)))
-        work_through(verification, _job(plan, workspace, entry), min(call.workers, len(plan.groups)))
-        _refuse_missing(workspace, directory, plan, verification.damaged, "damaged")
-        _finish(workspace, directory, plan, entry, verification.records)
-    return True
+        with _locked(directory):
+            return _merge(call)
 
 
 @dataclass(frozen=True)
@@ -264,19 +259,40 @@ def _finish(
     finish_dataset(workspace, plan, entry, [records[group] for group in sorted(records)])
     os.rename(workspace.dataset, directory)
     sync_directory(directory.parent)
-    shutil.rmtree(_home(directory))
+
+
+def _merge(call: _Call) -> bool:
+    directory = call.directory
+    if _exists(directory):
+        read_manifest(LocalStore(directory))
+        _clean_up(directory)
+        return False
+    workspace, plan = _parts_of(directory)
+    entry = _tokenizer_of_parts(workspace, plan)
+    missing = [group for group in range(len(plan.groups)) if not workspace.group_path(group).exists()]
+    _refuse_missing(workspace, directory, plan, missing, "missing")
+    verification = Verification(range(len(plan.groups)))
+    work_through(verification, _job(plan, workspace, entry), min(call.workers, len(plan.groups)))
+    _refuse_missing(workspace, directory, plan, verification.damaged, "damaged")
+    _finish(workspace, directory, plan, entry, verification.records)
+    _clean_up(directory)
+    return True
 
 
 def _parts_of(directory: Path) -> tuple[Workspace, Plan]:
     found = _inside(_home(directory))
     if len(found) != 1:
         what = "nothing was prepared for it" if not found else f"{len(found)} preparations were begun, of other options"
-        raise ValueError(f"{directory}: {what}; run `lockstep prepare ... --out {directory} --part I/N` first")
+        raise _no_parts(directory, what)
     workspace = Workspace(found[0])
     plan = workspace.plan()
     if plan is None:
         raise ValueError(f"{workspace.plan_path}: missing or damaged; run a part of it again, which restores it")
     return workspace, plan
+
+
+def _no_parts(directory: Path, what: str) -> ValueError:
+    return ValueError(f"{directory}: {what}; run `lockstep prepare ... --out {directory} --part I/N` first")
 
 
 def _tokenizer_of_parts(workspace: Workspace, plan: Plan) -> TokenizerEntry | None:
@@ -336,16 +352,31 @@ def _inside(path: Path) -> list[Path]:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Remove the workspace of a process that was killed between giving the dataset its name and doing this itself."""
+    """Clean up after a process that was killed between giving the dataset its name and doing this itself."""
     if _home(directory).exists():
         with _locked(directory):
-            shutil.rmtree(_home(directory), ignore_errors=True)
+            _clean_up(directory)
+
+
+def _clean_up(directory: Path) -> None:
+    """Remove the lock, which this process holds, and then the workspaces: whoever finds one of those does this again.
+
+    Only where the dataset has its name. Over a network file system another machine may for moments see the lock where it
+    was removed, and take it while a third one makes a new one: harmless then, because there is nothing left to make.
+    """
+    _lock_path(directory).unlink(missing_ok=True)
+    shutil.rmtree(_home(directory), ignore_errors=True)  # others may be at it too
+
+
+def _lock_path(directory: Path) -> Path:
+    return directory.parent / f".{directory.name}.lock"
 
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    with (directory.parent / f".{directory.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the process ends, however it ends
+    lock = take_lock(_lock_path(directory), wait=True)
+    assert lock is not None
+    with lock:
         yield
 
 

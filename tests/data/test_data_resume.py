@@ -86,7 +86,7 @@ before, killed, after, expected, made = json.loads(sys.argv[1])
 import hashlib, shutil
 from tests.data.preparing_helpers import hash_of
 made = Path(made)
-home = made.parent / f".{made.name}.preparing"
+home, lock = (made.parent / f".{made.name}.{what}" for what in ("preparing", "lock"))
 number = moments = 0
 while True:
     number += 1
@@ -105,7 +105,7 @@ while True:
         for one in after:
             in_child(one, 0)
     assert hash_of(made) == expected, f"other bytes after a kill at call {number}"
-    assert not home.exists(), f"left over after a kill at call {number}"
+    assert not home.exists() and not lock.exists(), f"left over after a kill at call {number}"
     if ended:
         break
 print("killed at", moments, "moments")
@@ -343,6 +343,7 @@ def test_merge_names_the_parts_to_run_again(tmp_path: Path, inside: list[int]) -
     made = tmp_path / "made"
     with pytest.raises(ValueError, match="nothing was prepared for it; run `lockstep prepare"):
         merge(made)
+    assert not (tmp_path / ".made.lock").exists()
     for number in (1, 3):
         prepare(config, part=Part(number, 4))
     with pytest.raises(ValueError, match=r"groups are missing \(1, 3, 5.*run --part 2/4 --part 4/4 again, then merge"):
@@ -361,6 +362,7 @@ def test_merge_names_the_parts_to_run_again(tmp_path: Path, inside: list[int]) -
     (workspace / "dataset" / "foreign.txt").write_text("not part of it")
     assert merge(made)
     assert not merge(made)  # again: there is nothing left to do
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".made")]
     assert hash_of(made) == expected
     assert prepare(config, part=Part(1, 4)) == made
 
