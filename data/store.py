@@ -70,7 +70,11 @@ class LocalStore:
     def read(self, name: str) -> bytes | None:
         try:
             return (self.directory / name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
+            return None
+        except NotADirectoryError:
+            if os.path.lexists(self.directory):
+                raise ValueError(f"{self.directory}: is a file, and a dataset is a directory; name another") from None
             return None
         except OSError as error:
             raise ValueError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None

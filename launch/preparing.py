@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from data.addresses import is_remote
-from data.config import DataConfig
+from data.config import IMAGE_KINDS, DataConfig
 from data.manifest import Manifest
 from data.packing import ensure_packing
 from data.prepare import Part, merge, prepare, prepared_directory
@@ -72,13 +72,20 @@ def prepare_and_tell(config: DataConfig, *, workers: int | None = None, part: Pa
     if (prepared_directory(config) / "manifest.json").exists():
         return prepare(config)
     what = config.source_text if part is None else f"part {part.number} of {part.of} of {config.source_text}"
-    _say(f"preparing {what} (tokenizer {config.tokenizer}), once")
+    _say(f"preparing {what}{_with_tokenizer(config)}, once")
     directory, line = _watched(lambda watch: prepare(config, workers=workers, part=part, watch=watch, tell=_say))
     if part is None:
         _say(f"prepared {directory}: {line}")
     else:
         _say(f"prepared part {part.number} of {part.of} of {directory}: {line}")
     return directory
+
+
+def _with_tokenizer(config: DataConfig) -> str:
+    """Which tokenizer, where one is used: what `datasets` streams may be images, unless a tokenizer was asked for."""
+    kinds = {source.address.kind for source in config.sources}
+    asked = config.tokenizer != DataConfig.model_fields["tokenizer"].default
+    return f" (tokenizer {config.tokenizer})" if asked or not kinds <= {*IMAGE_KINDS, "hf"} else ""
 
 
 def merge_and_tell(directory: Path, *, workers: int | None = None) -> Path:

@@ -37,7 +37,7 @@ def test_several_processes_at_once_make_one_dataset(tmp_path: Path) -> None:
     assert {out.strip() for out, _ in printed} == {str(tmp_path / "shared")}
     config = DataConfig(sequence_tokens=16)
     assert open_dataset(LocalStore(tmp_path / "shared"), config, "train").samples > 1000
-    assert not (tmp_path / ".shared.preparing").exists()
+    assert sorted(os.listdir(tmp_path)) == ["corpus.jsonl", "shared"]
 
 
 def test_a_prepared_dataset_is_used_as_it_is(tmp_path: Path) -> None:
@@ -199,5 +199,5 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     config = token_config(tmp_path, directory=tmp_path / "file" / "below")
     with pytest.raises(ValueError, match=r"file/below: cannot be written \(.*/file: File exists\); set data.directory"):
         prepare(config)
-    with pytest.raises(ValueError, match=r"file: no manifest\.json"):
+    with pytest.raises(ValueError, match=r"file: is a file, and a dataset is a directory"):
         prepare(token_config(tmp_path, directory=tmp_path / "file"))

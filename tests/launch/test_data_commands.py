@@ -376,3 +376,25 @@ def test_a_merge_of_what_was_merged_before_claims_to_have_verified_nothing(
     told = f"{made}: was made before; `lockstep data verify {made}` reads its bytes"
     assert capsys.readouterr().out.splitlines() == [told, str(made)]
     assert main(["data", "verify", str(made), "--workers", "1"]) == 78
+
+
+def test_only_text_is_prepared_with_a_tokenizer(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = json.loads((images / "manifest.json").read_text())["manifest"]["sources"][0]["address"]
+    texts = f"jsonl:{write_jsonl(tmp_path / 'texts.jsonl', [lorem(number) for number in range(40)])}#text"
+    for name, source, words in (("images", pictures, ""), ("texts", texts, " (tokenizer bytes)")):
+        assert main(["prepare", source, "--out", str(tmp_path / name), "--validation-fraction", "0.4"]) == 0
+        assert capsys.readouterr().out.splitlines()[0] == f"preparing {source}{words}, once"
+
+
+def test_a_file_is_no_dataset(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = json.loads((texts / "manifest.json").read_text())["manifest"]["sources"][0]["address"]
+    path = tmp_path / "one.txt"
+    path.write_text("mine")
+    for command in (["prepare", source, "--out"], ["data", "merge"], ["data", "verify"], ["data", "info"]):
+        assert main([*command, str(path)]) == 2
+        told = capsys.readouterr().err
+        assert told == f"lockstep: error: {path}: is a file, and a dataset is a directory; name another\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["one.txt"]
+    assert path.read_text() == "mine"
