@@ -125,17 +125,20 @@ def download(source: Source, entry: FileEntry, file: FileIO, patience: Patience,
 
 
 def _continue(source: Source, entry: FileEntry, part: Partial, make_room: MakeRoom) -> ValueError | None:
-    """Read on from where the file ends. None where its end or too much was reached, otherwise what went wrong."""
-    try:
-        start, pieces = source.read_from(part.size)
-        if start != part.size:
-            part.restart()
-    except Exception as error:  # implementations raise their own types
-        return describe_failure(source.address, error)
+    """Read on from where the file ends. None where its end was reached or it cannot be the file (then it is longer than
+    that), otherwise what went wrong."""
+    pieces: Iterator[bytes] | None = None
     while part.size < entry.bytes:
         try:
+            if pieces is None:
+                start, pieces = source.read_from(part.size)
+                if start != part.size:
+                    part.restart()
             piece = next(pieces, b"")
-        except Exception as error:
+        except Exception as error:  # implementations raise their own types
+            if _is_mismatch(error):
+                part.size = entry.bytes + 1
+                return None
             return describe_failure(source.address, error)
         if not piece:
             short = entry.bytes - part.size
@@ -147,6 +150,20 @@ def _continue(source: Source, entry: FileEntry, part: Partial, make_room: MakeRo
     return None
 
 
+def _is_mismatch(error: BaseException) -> bool:
+    """Whether a client found that what came is not what its server has a checksum of."""
+    return type(error).__name__ == "FlexibleChecksumError"  # botocore's, which need not be installed
+
+
+def _is_timeout(error: BaseException | None) -> bool:
+    """Whether time ran out, by what an error says of itself or of what led to it: some clients fail at telling it."""
+    while error is not None:
+        if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def describe_failure(address: str, error: Exception) -> ValueError:
     """What a failure to read from an address means, in a line; the failure is its cause."""
     text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
@@ -155,6 +172,12 @@ def describe_failure(address: str, error: Exception) -> ValueError:
         found = CorruptData(f"{address}: listed in the manifest but missing; {RESTORE}")
     elif isinstance(error, PermissionError):
         found = Unavailable(f"{address}: access is denied ({text}); give credentials in the environment")
+    elif _is_mismatch(error):
+        found = CorruptData(f"{address}: not what its server has a checksum of; {RESTORE}")
+    elif _is_timeout(error):
+        found = Unavailable(
+            f"{address}: cannot be read (nothing, or too little, within data.download_timeout_seconds); is the server there?"
+        )
     else:
         found = Unavailable(f"{address}: cannot be read ({text}); is the server there?")
     found.__cause__ = error

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import quote, unquote
 
-FaultKind = Literal["status", "reset", "stall", "truncate", "flip", "longer"]
+FaultKind = Literal["status", "reset", "stall", "truncate", "flip", "longer", "slow"]
+# A slow answer takes a second and a half: longer than the timeouts of the tests, though each piece comes in time.
+SLOW_PIECES, SLOW_PAUSE_SECONDS = 30, 0.05
 
 
 @dataclass(frozen=True)
@@ -49,40 +51,63 @@ class FaultyServer:
             return self.faults[name].pop(0) if self.faults[name] else self.always.get(name)
 
 
-class _Handler(BaseHTTPRequestHandler):
+def altered(content: bytes, fault: Fault | None) -> bytes:
+    """The content that an answer with this fault holds."""
+    body = bytearray(content)
+    if fault is not None and fault.kind == "flip":
+        body[fault.at] ^= 1
+    if fault is not None and fault.kind == "truncate":
+        del body[fault.at :]
+    if fault is not None and fault.kind == "longer":
+        body += b"more"
+    return bytes(body)
+
+
+class FaultyHandler(BaseHTTPRequestHandler):
+    """Answers a request with the next fault of the file that it is for."""
+
     protocol_version = "HTTP/1.1"
     state: FaultyServer
 
+    @property
+    def file_name(self) -> str:
+        return unquote(self.path).lstrip("/")
+
     def do_GET(self) -> None:
-        name = unquote(self.path).lstrip("/")
+        name = self.file_name
         fault = self.state.next_fault(name)
         try:
             content = self._page() if not name and self.state.lists else (self.state.directory / name).read_bytes()
         except OSError:
-            return self._refuse(404)
+            return self.refuse(404)
         if fault is not None and fault.kind == "status":
-            return self._refuse(fault.status)
+            return self.refuse(fault.status)
         start = self._range_start()
         if start >= len(content) > 0:
-            return self._refuse(416)
-        body = bytearray(content)
-        if fault is not None and fault.kind == "flip":
-            body[fault.at] ^= 1
-        if fault is not None and fault.kind == "truncate":
-            del body[fault.at :]
-        if fault is not None and fault.kind == "longer":
-            body += b"more"
-        part = bytes(body[start:])
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(part)))
-        self.end_headers()
-        broken = fault is not None and fault.kind in ("reset", "stall")
-        part = part[: max(0, fault.at - start)] if broken and fault is not None else part
-        self.wfile.write(part)
-        self.state.sent[name] += len(part)
-        if broken and fault is not None:
-            self._break_off(fault)
+            return self.refuse(416)
+        whole = altered(content, fault)
+        self.answer(206 if start else 200, {}, whole[start:], fault, start)
         return None
+
+    def answer(self, status: int, headers: dict[str, str], part: bytes, fault: Fault | None, start: int = 0) -> None:
+        """Send what begins at byte `start` of a file, as far as the fault lets it."""
+        self.send_response(status)
+        for header, value in {**headers, "Content-Length": str(len(part))}.items():
+            self.send_header(header, value)
+        self.end_headers()
+        kind = None if fault is None else fault.kind
+        broken = fault if kind in ("reset", "stall") else None
+        part = part[: max(0, broken.at - start)] if broken is not None else part
+        pieces = SLOW_PIECES if kind == "slow" else 1
+        size = -(-len(part) // pieces) or 1
+        for first in range(0, len(part), size):
+            self.wfile.write(part[first : first + size])
+            self.wfile.flush()
+            if kind == "slow":
+                self.state.sleepers.wait(SLOW_PAUSE_SECONDS)
+        self.state.sent[self.file_name] += len(part)
+        if broken is not None:
+            self._break_off(broken)
 
     def _page(self) -> bytes:
         links = ["?C=N;O=D", "/", *sorted(os.listdir(self.state.directory))]
@@ -101,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         header = self.headers.get("Range", "")
         return int(header.removeprefix("bytes=").partition("-")[0]) if header and self.state.ranges else 0
 
-    def _refuse(self, status: int) -> None:
+    def refuse(self, status: int) -> None:
         self.send_response(status)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -120,9 +145,15 @@ class _Server(ThreadingHTTPServer):
 @contextlib.contextmanager
 def serving(directory: Path, *, ranges: bool = True, lists: bool = False) -> Iterator[FaultyServer]:
     """Serve a directory until the end of the block."""
+    with answering(FaultyServer(directory, ranges, lists), FaultyHandler) as state:
+        yield state
+
+
+@contextlib.contextmanager
+def answering(state: FaultyServer, handler: type[FaultyHandler], **members: object) -> Iterator[FaultyServer]:
+    """Run a server on loopback until the end of the block; `members` are the handler's."""
     os.environ["NO_PROXY"] = "127.0.0.1"
-    state = FaultyServer(directory, ranges, lists)
-    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": state}))
+    server = _Server(("127.0.0.1", 0), type("Handler", (handler,), {"state": state, **members}))
     state.address = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
