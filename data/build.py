@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -54,16 +54,6 @@ class Job:
     shard_bytes: int
     dtype: Literal["uint16", "uint32"] | None
     tokenizer: TokenizerEntry | None
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self) | {"tokenizer": self.tokenizer and self.tokenizer.model_dump(mode="json")}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Job":
-        """What `as_json` made."""
-        entry = values["tokenizer"] and TokenizerEntry.model_validate(values["tokenizer"], strict=False)
-        return cls(**{**values, "tokenizer": entry})
 
 
 @dataclass

@@ -1,14 +1,11 @@
 """Work in several processes: results in the order of the jobs, only so many jobs ahead of them, and no process left behind."""
 
 import itertools
-import multiprocessing
-import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from data.child import ChildEnded, Reply, ready, started
 
 Job = TypeVar("Job")
 Outcome = TypeVar("Outcome")
@@ -16,9 +13,6 @@ Setting = TypeVar("Setting")
 
 # Jobs handed out for each process, so that none waits for its next one.
 _JOBS_AHEAD = 3
-
-_perform: Callable[[Any], Any]
-"""What this process does with a job; only in the processes that `each` starts."""
 
 
 def each(
@@ -31,37 +25,29 @@ def each(
     if workers == 1:
         yield from map(make(setting), jobs)
         return
-    context = multiprocessing.get_context("spawn")  # a forked child of a process with threads may wait for ever
-    with ProcessPoolExecutor(workers, context, _set_up, (make, setting)) as pool:
-        rest = iter(jobs)
-        ahead: deque[Future[Outcome]] = deque()
-        try:
-            for job in itertools.islice(rest, workers * _JOBS_AHEAD):
-                ahead.append(pool.submit(_do, job))
-            while ahead:
-                yield ahead.popleft().result()
-                for job in itertools.islice(rest, 1):
-                    ahead.append(pool.submit(_do, job))
-        except BrokenProcessPool:
-            raise ValueError(
-                "a worker process was killed, perhaps for want of memory; try again with fewer --workers"
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _set_up(make: Callable[[Any], Callable[[Any], Any]], setting: Any) -> None:
-    global _perform
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    _perform = make(setting)
-
-
-def _do(job: Any) -> Any:
-    return _perform(job)
+    rest, handed_out = enumerate(jobs), 0
+    replies: dict[int, Reply] = {}
+    with started(make, setting, workers) as children:
+        asked: dict[int, deque[int]] = {child.pid: deque() for child in children}
+        for wanted in itertools.count():
+            for number, job in itertools.islice(rest, wanted + workers * _JOBS_AHEAD - handed_out):
+                child = min(children, key=lambda child: len(asked[child.pid]))
+                child.ask(job)
+                asked[child.pid].append(number)
+                handed_out += 1
+            if wanted == handed_out:
+                return
+            while wanted not in replies:
+                for child in ready(children):
+                    try:
+                        reply = child.hear()
+                    except ChildEnded as ended:
+                        raise ValueError(
+                            f"a worker process {ended}; if memory ran out, try again with fewer --workers"
+                        ) from None
+                    # A child that has no job can only fail at getting ready for one.
+                    replies[asked[child.pid].popleft() if asked[child.pid] else wanted] = reply
+            kind, value = replies.pop(wanted)
+            if kind == "error":
+                raise value
+            yield value

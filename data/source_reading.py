@@ -4,7 +4,7 @@ import codecs
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,15 +47,6 @@ class UnitInput:
     def into(self) -> str | None:
         """The split that all of it goes into; None: divided by content."""
         return parse_given(self.given).into
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain JSON values, surrogates of undecodable file names included."""
-        return asdict(self) | {"files": [list(file) for file in self.files]}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "UnitInput":
-        """What `as_json` made."""
-        return cls(**{**values, "files": tuple(SourceFile(*file) for file in values["files"])})
 
 
 def read_unit(unit: UnitInput) -> Iterator[Document | EncodedImage]:

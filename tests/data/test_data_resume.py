@@ -154,13 +154,13 @@ def test_killed_at_every_moment_and_started_again_gives_the_same_bytes(
 # The parent, or one of its two workers, is killed when so many documents are told of; the pids of the workers are printed.
 KILL_WHILE_WORKING = """
 one, who, documents = json.loads(sys.argv[1])
-import data.prepare, data.workers
+import data.child, data.prepare
 pids = []
-started = data.workers._Worker.__init__
-def start(self, job):
-    started(self, job)
-    pids.append(self._process.pid)
-data.workers._Worker.__init__ = start
+started = data.child.Child.__init__
+def start(self, *arguments):
+    started(self, *arguments)
+    pids.append(self.pid)
+data.child.Child.__init__ = start
 def watch(progress):
     if progress.documents >= documents and documents:
         globals()["documents"] = 0
