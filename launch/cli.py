@@ -231,7 +231,7 @@ def _train(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--workers {arguments.workers}: has no effect with --debug (one process); remove it")
         return _debug(arguments)
     config = load_recipe(arguments.recipe, arguments.overrides)
-    decide_resume(config, arguments.resume)
+    resume = decide_resume(config, arguments.resume)
     workers = arguments.workers if arguments.workers is not None else default_workers(config.run.device)
     if workers < 1:
         raise ValueError(f"--workers {workers}: must be at least 1")
@@ -241,7 +241,7 @@ def _train(arguments: argparse.Namespace) -> int:
     # Until there are workers to ask, a request to stop is answered as Ctrl-C is: preparing leaves nothing half-done.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     open_streams(config.data)
-    return supervise(training_command_line(arguments), workers)
+    return supervise(training_command_line(arguments), workers, config, resume)
 
 
 def _debug(arguments: argparse.Namespace) -> int:

@@ -27,6 +27,15 @@ class RunSection(_Section):
     directory: Path | None = None
     """Where the run is kept; null: a new numbered directory under runs/."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_restarts: int = Field(default=3, ge=0)
+    """Under `lockstep train`: how often workers that died or hung are started again without a later checkpoint in between."""
+    restart_backoff_seconds: float = Field(default=1.0, ge=0)
+    """The wait before the second restart without a later checkpoint, doubled for each further one, up to a minute; the
+    first is immediate."""
+    hang_timeout_seconds: float | None = Field(default=30.0, gt=0)
+    """Under `lockstep train`: how long a rank may at least stay in one phase of a step before it counts as hung. The limit
+    itself is five times what the phase took lately. Evaluations, saves and data that is fetched may take ten times as long;
+    the start and what happens for the first time three times parallel.timeout_seconds. null: for ever."""
     max_skipped_in_a_row: int | None = Field(default=20, ge=1)
     """Steps skipped one after the other, their gradients not finite, after which the run ends; null: never."""
     deterministic: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ import torch
 import torch.distributed as dist
 
 from data.errors import CorruptData, NoRoom, Unavailable
-from launch.exit_codes import DO_NOT_RESTART, DONE, FAILED, STOPPED_EARLY, RunEnded
+from distrib.phases import now
+from launch.exit_codes import DO_NOT_RESTART, DONE, FAILED, STOPPED_EARLY, USAGE, RunEnded
+from launch.post_mortem import describe_exception, read_post_mortem, write_post_mortem
 from launch.run_directory import OUTCOME_FILE, RunDirectory
 
 # What gloo and NCCL say when another worker is gone; the cause is in that worker's own words.
@@ -65,10 +68,44 @@ def ending_of_run(step: int, steps: int, saved_step: int | None, save_failure: s
     return Ending(DONE, f"all {steps} steps are done")
 
 
-def write_outcome(run: RunDirectory, ending: Ending, *, rank: int, step: int, seconds: float) -> None:
+def leave_post_mortem(run: RunDirectory, ending: Ending, error: BaseException, *, rank: int, supervised: bool) -> None:
+    """Puts on record of what this worker fails, where it is for it to say: as with `write_outcome`."""
+    if isinstance(error, KeyboardInterrupt) or ending.exit_code == USAGE or not _has_the_word(ending, rank, supervised):
+        return
+    moment = now()
+    if ending.peer_lost:
+        time.sleep(_GRACE_SECONDS)
+        known = read_post_mortem(run.path)
+        if known is not None and known["attempt"] == run.attempt:
+            return
+    write_post_mortem(
+        run.path,
+        attempt=run.attempt,
+        rank=rank,
+        phase=moment.phase,
+        step=moment.step,
+        cause="unavailable" if ending.expected else "exception",
+        reason=ending.reason,
+        exit_code=ending.exit_code,
+        pid=os.getpid(),
+        exception=describe_exception(error),
+    )
+
+
+def _has_the_word(ending: Ending, rank: int, supervised: bool) -> bool:
+    """Whether it is for this rank to say how the attempt ended. A supervisor knows better than a rank that only lost contact
+    who failed, and need not wait for others to say it."""
+    if ending.peer_lost and supervised:
+        return False
+    return rank == 0 or not (ending.exit_code in (DONE, STOPPED_EARLY) or ending.peer_lost or ending.told_by_all)
+
+
+def write_outcome(
+    run: RunDirectory, ending: Ending, *, rank: int, step: int, seconds: float, supervised: bool = False
+) -> None:
     """Writes outcome.json. Rank 0 writes for all that ended well; a worker that failed writes for itself, and one that
     only lost contact leaves the word to the one that failed."""
-    if rank != 0 and (ending.exit_code in (DONE, STOPPED_EARLY) or ending.peer_lost or ending.told_by_all):
+    if not _has_the_word(ending, rank, supervised):
         return
     if ending.peer_lost:
         time.sleep(_GRACE_SECONDS)

@@ -94,7 +94,7 @@ def decide_resume(config: RunConfig, resume: str | None) -> Resume:
         owner = path.parent.parent
         if directory is None and (owner / "run.json").is_file():
             directory = owner
-        elif directory is not None and (directory / "run.json").exists() and directory.resolve() != owner.resolve():
+        elif directory is not None and _holds_other_run(directory, path):
             raise ValueError(f"--resume {path}: run.directory={directory} holds another run; name another directory")
         return Resume(directory, checkpoint=path)
     if (path / "run.json").is_file():
@@ -104,8 +104,21 @@ def decide_resume(config: RunConfig, resume: str | None) -> Resume:
     raise ValueError(f"--resume {path}: neither a checkpoint (no {MANIFEST_NAME}) nor a run (no run.json); or use auto")
 
 
-def claim(config: RunConfig, resume: Resume) -> RunDirectory:
-    """Takes a run directory for this process. Raises ValueError where it cannot be written or another process has it."""
+def _holds_other_run(directory: Path, checkpoint: Path) -> bool:
+    """Whether a checkpoint may not be continued there: the run is neither its own, nor one that began from it and has yet
+    saved nothing."""
+    if not (directory / "run.json").exists() or directory.resolve() == checkpoint.parent.parent.resolve():
+        return False
+    attempts = json.loads((directory / "run.json").read_text())["attempts"]
+    origins = {Path(attempt["resumed_from"]).resolve() for attempt in attempts if attempt["resumed_from"]}
+    return origins != {checkpoint.resolve()} or ever_checkpointed(directory)
+
+
+def claim(config: RunConfig, resume: Resume, *, restarted: bool = False) -> RunDirectory:
+    """Takes a run directory for this process. Raises ValueError where it cannot be written or another process has it.
+
+    restarted: a supervisor goes on with a run of its own, so that a request to stop it is meant for this attempt too.
+    """
     try:
         path = resume.directory or _new_numbered(config.run.name)
         (path / "logs").mkdir(parents=True, exist_ok=True)
@@ -133,7 +146,8 @@ def claim(config: RunConfig, resume: Resume) -> RunDirectory:
             "created": _now(),
             "attempts": [],
         }
-    (path / STOP_FILE).unlink(missing_ok=True)
+    if not restarted:
+        (path / STOP_FILE).unlink(missing_ok=True)
     for half_written in path.glob(f"{TEMPORARY_PREFIX}*"):
         half_written.unlink()
     return RunDirectory(path, identity, lock)

@@ -1,24 +1,31 @@
-"""`lockstep train`: starts a worker per GPU or several on the CPU, and ends as they end. Imports no torch."""
+"""`lockstep train`: starts a worker per GPU or several on the CPU, starts them again where they die or hang, and ends as
+they end. Imports no torch."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from types import FrameType
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from distrib.manifest import published_checkpoints, write_durably
+from launch.config import RunConfig
 from launch.exit_codes import DO_NOT_RESTART, DONE, FAILED, STOPPED_EARLY, USAGE
-from launch.stopping import STOP_SIGNALS
-from launch.train import SUPERVISOR_PIPE
+from launch.hangs import Limits
+from launch.post_mortem import POST_MORTEM_FILE, read_post_mortem, write_post_mortem
+from launch.restarts import Again, Death, GiveUp, Restarts
+from launch.run_directory import OUTCOME_FILE, STOP_FILE, Resume
+from launch.stop_signals import StopSignals
+from launch.worker_group import AttemptEnd, Worker, WorkerGroup
 
-_POLL_SECONDS = 0.05
-# How long the other workers may take to say their last words once one has ended badly.
-_GRACE_SECONDS = 5.0
 _DEFAULT_CPU_WORKERS = 2
+_STOP_FILE_SECONDS = 0.5
 
 
 def count_gpus() -> int:
@@ -35,82 +42,210 @@ def default_workers(device: str) -> int:
     return gpus or min(_DEFAULT_CPU_WORKERS, os.cpu_count() or 1)
 
 
-def supervise(arguments: list[str], workers: int) -> int:
-    """Runs `workers` workers with these arguments to their end and returns the run's exit code."""
-    # Workers inherit the block and lift it once they listen: a request to stop is heard, however early it comes.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    group = _WorkerGroup(arguments, workers)
-    for number in STOP_SIGNALS:
-        signal.signal(number, group.on_signal)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    return group.wait()
+def supervise(arguments: Sequence[str], workers: int, config: RunConfig, resume: Resume) -> int:
+    """Runs `workers` workers with these arguments to the run's end and returns its exit code."""
+    with StopSignals() as signals:
+        return _Supervision(arguments, workers, config, resume, signals).run()
 
 
-class _WorkerGroup:
-    """The workers of one run on this host."""
+class _Supervision:
+    """The attempts of one `lockstep train`."""
 
-    def __init__(self, arguments: list[str], workers: int) -> None:
-        self._interrupted = False
-        self._killed: set[int] = set()
-        # Nobody ever writes: the workers see the end of the pipe when this process is gone, however it went.
-        self._pipe = os.pipe()
-        port = _free_port()
-        self._processes = [self._start(arguments, rank, workers, port) for rank in range(workers)]
+    def __init__(
+        self, arguments: Sequence[str], workers: int, config: RunConfig, resume: Resume, signals: StopSignals
+    ) -> None:
+        self._arguments, self._workers, self._config, self._resume = list(arguments), workers, config, resume
+        self._signals = signals
+        self._limits = Limits.of_run(config)
+        self._begun = time.time()
+        self._directory = resume.directory
+        self._found = self._checkpoints()
+        newest = max(self._found, default=None) if resume.from_newest else None
+        self._restarts = Restarts(config.run.max_restarts, config.run.restart_backoff_seconds, newest)
 
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """A request to stop goes to every worker; a second Ctrl-C ends them at once."""
-        if number == signal.SIGINT and self._interrupted:
-            self._kill()
-        self._interrupted = self._interrupted or number == signal.SIGINT
-        for process in self._processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+    def run(self) -> int:
+        number = 0
+        while True:
+            attempt_begun = time.time()
+            attempts_before = self._attempts()
+            group = WorkerGroup(self._command(), self._workers, self._limits, number)
+            try:
+                end = group.wait(self._signals)
+            finally:
+                group.kill()
+                group.close()
+            self._directory = end.run_directory or self._directory
+            code = _run_exit_code(end.codes)
+            if code in (DONE, STOPPED_EARLY):
+                return code
+            if self._signals.interrupts > 1:
+                return FAILED
+            if code == USAGE:
+                return USAGE
+            attempt = self._attempts() if self._attempts() > attempts_before else None
+            death = self._establish(end, attempt, attempt_begun, number)
+            if code == DO_NOT_RESTART:
+                return DO_NOT_RESTART
+            if self._signals.asked:
+                self._tell_unless_told(death, attempt_begun)
+                return FAILED
+            verdict = self._restarts.after(death, self._newest_checkpoint())
+            if isinstance(verdict, GiveUp):
+                return self._give_up(death, verdict, attempt_begun)
+            if self._stopped_before(death, verdict):
+                return STOPPED_EARLY
+            number += 1
 
-    def wait(self) -> int:
-        deadline: float | None = None
-        while any(process.poll() is None for process in self._processes):
-            failed = [p for p in self._processes if p.poll() not in (None, DONE, STOPPED_EARLY)]
-            if failed and deadline is None:
-                deadline = time.monotonic() + _GRACE_SECONDS
-            if deadline is not None and time.monotonic() > deadline:
-                self._kill()
-            time.sleep(_POLL_SECONDS)
-        codes = [process.returncode for process in self._processes]
-        for rank, code in enumerate(codes):
-            if code < 0 and rank not in self._killed:
-                print(f"lockstep: worker {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr)
-        return _run_exit_code(codes)
+    def _command(self) -> list[str]:
+        """The workers' arguments: as given at first, then to go on from the newest checkpoint of this supervision."""
+        if self._directory is None:
+            return self._arguments
+        words = list(self._arguments)
+        if self._resume.directory is None:
+            words.append(f"run.directory={self._directory}")
+        new = {step: path for step, path in self._checkpoints().items() if self._found.get(step) != path}
+        if self._resume.checkpoint is None:
+            return words if self._resume.from_newest else [*words, "--resume", "auto"]
+        if not new:
+            return words
+        at = words.index("--resume")
+        return [*words[:at], "--resume", new[max(new)][0], *words[at + 2 :]]
 
-    def _start(self, arguments: list[str], rank: int, workers: int, port: int) -> subprocess.Popen[bytes]:
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(workers),
-            "LOCAL_WORLD_SIZE": str(workers),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-            SUPERVISOR_PIPE: str(self._pipe[0]),
-        }
-        # The workers share the cores; without this each would start a thread for every one of them.
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-        # A session of their own: Ctrl-C reaches the supervisor alone, which asks all workers alike.
-        return subprocess.Popen(
-            [sys.executable, "-m", "launch.train", *arguments],
-            env=environment,
-            pass_fds=[self._pipe[0]],
-            start_new_session=True,
+    def _checkpoints(self) -> dict[int, tuple[str, int]]:
+        """Step -> (path, which directory it is: a step that is saved anew gets another) of what is published."""
+        if self._directory is None:
+            return {}
+        published = published_checkpoints(self._directory / "checkpoints")
+        return {int(path.name.removeprefix("step-")): (str(path), path.stat().st_ino) for path in published}
+
+    def _newest_checkpoint(self) -> int | None:
+        """The last step saved by this supervision, or that it began from; None where there is none."""
+        found = self._checkpoints()
+        if not self._resume.from_newest and self._resume.checkpoint is not None:
+            found = {step: path for step, path in found.items() if self._found.get(step) != path}
+        return max(found, default=None)
+
+    def _attempts(self) -> int:
+        """How many attempts the run's identity lists."""
+        if self._directory is None or not (self._directory / "run.json").exists():
+            return 0
+        return len(json.loads((self._directory / "run.json").read_text())["attempts"])
+
+    def _establish(self, end: AttemptEnd, attempt: int | None, since: float, restarts: int) -> Death:
+        """Of what an attempt died; put on record where no worker did so."""
+        written = self._written_by_worker(end, since)
+        death, worker = _find_death(end, written)
+        known = written is not None and written["rank"] == death.rank and death.cause in ("exception", "unavailable")
+        if self._directory is None or known:
+            return death
+        for rank, text in end.stacks.items():
+            _write(self._directory / "logs" / f"stacks-rank-{rank}.txt", text.encode())
+        write_post_mortem(
+            self._directory,
+            attempt=attempt,
+            rank=death.rank,
+            phase=death.phase,
+            step=death.step,
+            cause=death.cause,
+            reason=death.reason,
+            exit_code=None if worker.process.returncode < 0 else worker.process.returncode,
+            pid=worker.process.pid,
+            signal=death.name if death.cause == "signal" else None,
+            restarts=restarts,
+            ranks=[{"rank": rank, "phase": beat.phase, "step": beat.step} for rank, beat in enumerate(end.beats)],
+            stacks=[f"logs/stacks-rank-{rank}.txt" for rank in sorted(end.stacks)],
         )
+        return death
 
-    def _kill(self) -> None:
-        for rank, process in enumerate(self._processes):
-            if process.poll() is None:
-                process.kill()
-                self._killed.add(rank)
+    def _written_by_worker(self, end: AttemptEnd, since: float) -> dict[str, Any] | None:
+        if self._directory is None or not _written_since(self._directory / POST_MORTEM_FILE, since):
+            return None
+        return read_post_mortem(self._directory)
+
+    def _tell_unless_told(self, death: Death, since: float) -> None:
+        """What ended the run, where no worker could say it: those that were left knew only that another was gone."""
+        if death.cause in ("signal", "hang"):
+            _say(death.reason)
+            self._write_outcome(FAILED, death.reason, death.step)
+        elif self._directory is not None and not _written_since(self._directory / OUTCOME_FILE, since):
+            self._write_outcome(FAILED, death.reason, death.step)
+
+    def _give_up(self, death: Death, verdict: GiveUp, since: float) -> int:
+        if verdict.repeated is not None:
+            reason = (
+                f"died {verdict.repeated} times in the same way at step {death.step} and would again: {death.reason}"
+            )
+            _say(f"error: {reason}")
+            self._write_outcome(DO_NOT_RESTART, reason, death.step)
+            return DO_NOT_RESTART
+        self._tell_unless_told(death, since)
+        if self._restarts.allowed:
+            _say(f"error: restarted {self._restarts.allowed} times without a later checkpoint; giving up")
+        return FAILED
+
+    def _stopped_before(self, death: Death, again: Again) -> bool:
+        """Waits until the next attempt is due. True where a request to stop came meanwhile."""
+        when = f" in {again.after_seconds:g} s" if again.after_seconds else ""
+        _say(f"{death.reason}; starting again{when} ({again.number} of {self._restarts.allowed})")
+        due = time.monotonic() + again.after_seconds
+        while not self._stop_asked():
+            left = due - time.monotonic()
+            if left <= 0:
+                return False
+            self._signals.wait(min(left, _STOP_FILE_SECONDS))
+        reason = "stopped on request before another attempt; what was saved last is intact"
+        self._write_outcome(STOPPED_EARLY, reason, self._newest_checkpoint() or 0)
+        _say(reason)
+        return True
+
+    def _stop_asked(self) -> bool:
+        self._signals.take()
+        return self._signals.asked or (self._directory is not None and (self._directory / STOP_FILE).exists())
+
+    def _write_outcome(self, exit_code: int, reason: str, step: int) -> None:
+        if self._directory is None:
+            return
+        outcome = {
+            "exit_code": exit_code,
+            "reason": reason,
+            "step": step,
+            "attempt": self._attempts(),
+            "seconds": round(time.time() - self._begun, 3),
+        }
+        _write(self._directory / OUTCOME_FILE, json.dumps(outcome, indent=2).encode() + b"\n")
 
 
-def _run_exit_code(codes: list[int]) -> int:
+def _find_death(end: AttemptEnd, written: dict[str, Any] | None) -> tuple[Death, Worker]:
+    """Which rank is the cause, and of what it died. A kill comes from outside; a rank that aborts may only have met the end
+    of another, which then has told an exception."""
+    if end.hung is not None:
+        rank, why = end.hung
+        beat = end.beats[rank]
+        reason = f"rank {rank} hung in {beat.phase} at step {beat.step} for {end.hung_seconds:.0f} s: {why}"
+        return Death(rank, beat.phase, beat.step, "hang", beat.phase, reason), end.workers[rank]
+    by_signal = [worker for worker in end.failed if worker.process.returncode < 0]
+    told = [worker for worker in end.failed if written is not None and written["pid"] == worker.process.pid]
+    aborted = [worker for worker in by_signal if worker.process.returncode == -signal.SIGABRT]
+    killed = [worker for worker in by_signal if worker not in aborted]
+    if told and not killed:
+        assert written is not None
+        rank = written["rank"]
+        name = written["exception"]["type"]
+        death = Death(
+            rank, written["phase"], written["step"], written["cause"], name, f"rank {rank} failed: {written['reason']}"
+        )
+        return death, told[0]
+    worker = [*killed, *aborted, *end.failed][0]
+    rank, code, beat = worker.rank, worker.process.returncode, end.beats[worker.rank]
+    place = f"in {beat.phase} at step {beat.step}"
+    if code < 0:
+        name = signal.Signals(-code).name
+        return Death(rank, beat.phase, beat.step, "signal", name, f"rank {rank} was killed by {name} {place}"), worker
+    reason = f"rank {rank} ended with exit code {code} {place}"
+    return Death(rank, beat.phase, beat.step, "exit", str(code), reason), worker
+
+
+def _run_exit_code(codes: Sequence[int]) -> int:
     """The run's code from its workers': the most telling one. A worker killed by a signal is a plain failure."""
     for telling in (USAGE, DO_NOT_RESTART):
         if telling in codes:
@@ -120,7 +255,17 @@ def _run_exit_code(codes: list[int]) -> int:
     return FAILED
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _written_since(path: Path, since: float) -> bool:
+    return path.exists() and path.stat().st_mtime >= since
+
+
+def _say(text: str) -> None:
+    print(f"lockstep: {text}", file=sys.stderr, flush=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A file that tells how an attempt ended. A full disk must not change how it ends."""
+    try:
+        write_durably(path, content)
+    except OSError as error:
+        _say(f"warning: {path}: cannot be written ({error.strerror})")

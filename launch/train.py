@@ -16,9 +16,8 @@ from launch.exit_codes import FAILED, USAGE
 from launch.recipe import load_recipe
 from launch.run_directory import Resume, decide_resume
 from launch.stopping import StopRequest
+from launch.supervised import supervised_by
 
-SUPERVISOR_PIPE = "LOCKSTEP_SUPERVISOR_PIPE"
-"""A file descriptor that reads as ended when the supervisor is gone, however it went."""
 _THREADS_THAT_TALK = (SAVING_THREAD, "lockstep-prefetch")
 """Names of threads that exchange data with other workers, and may wait for one that is gone."""
 
@@ -41,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_worker(config: RunConfig, resume: Resume, *, allow_change: bool) -> int:
     """Joins the world that the launcher described, trains, and turns whatever happens into an exit code."""
+    supervised = supervised_by()
     stop = StopRequest()
     stop.listen()
-    _end_with_supervisor()
     if config.run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -60,7 +59,9 @@ def run_worker(config: RunConfig, resume: Resume, *, allow_change: bool) -> int:
         print(f"lockstep: error: {error}", file=sys.stderr)
         return FAILED
     try:
-        ending, _ = run_attempt(config, resume, allow_change=allow_change, world=world, stop=stop)
+        ending, _ = run_attempt(
+            config, resume, allow_change=allow_change, world=world, stop=stop, supervised=supervised
+        )
     except BaseException as error:
         ending = ending_of_failure(error)
         if not ending.expected:
@@ -84,19 +85,6 @@ def _end_without_waiting_threads(exit_code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)
-
-
-def _end_with_supervisor() -> None:
-    """Ends this process when the supervisor is gone, so that a killed run leaves nobody behind."""
-    descriptor = os.environ.pop(SUPERVISOR_PIPE, None)
-    if descriptor is None:
-        return
-
-    def wait_for_end() -> None:
-        os.read(int(descriptor), 1)
-        os._exit(1)
-
-    threading.Thread(target=wait_for_end, name="lockstep-supervisor-watch", daemon=True).start()
 
 
 if __name__ == "__main__":

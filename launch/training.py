@@ -24,7 +24,7 @@ from launch import loop
 from launch.attempt import Attempt
 from launch.config import RunConfig
 from launch.console import Progress
-from launch.ending import Ending, ending_of_failure, ending_of_run, write_outcome
+from launch.ending import Ending, ending_of_failure, ending_of_run, leave_post_mortem, write_outcome
 from launch.exit_codes import DO_NOT_RESTART, RunEnded
 from launch.feed import make_feed
 from launch.ledger import Ledger
@@ -45,6 +45,7 @@ from launch.run_directory import (
 )
 from launch.stopping import StopRequest
 from launch.summary import tell_summary
+from launch.supervised import Supervised
 from launch.together import on_rank_zero, together
 from launch.tracking.tracking import Tracking
 from launch.worker_log import start_logging
@@ -55,18 +56,27 @@ _PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torc
 
 
 def run_attempt(
-    config: RunConfig, resume: Resume, *, allow_change: bool, world: World, stop: StopRequest
+    config: RunConfig,
+    resume: Resume,
+    *,
+    allow_change: bool,
+    world: World,
+    stop: StopRequest,
+    supervised: Supervised | None = None,
 ) -> tuple[Ending, RunDirectory]:
     """Trains until the last step or a request to stop. Every rank of the run calls it.
 
-    Raises what ended the attempt early, after `outcome.json` says so.
+    Raises what ended the attempt early, after `outcome.json` and `post-mortem.json` say so.
     """
     begun = time.monotonic()
     on_rank_zero(world, lambda: open_streams(config.data))
     materials = together(world, lambda: open_materials(config, open_streams(config.data)))
-    claimed = on_rank_zero(world, lambda: claim(config, resume))
+    restarted = supervised is not None and supervised.restarts > 0
+    claimed = on_rank_zero(world, lambda: claim(config, resume, restarted=restarted))
     path, identity = world.broadcast_object((claimed.path, claimed.identity) if claimed else None)
     run = claimed or RunDirectory(path, identity)
+    if supervised is not None and claimed is not None:
+        supervised.name_run(run.path)
     start_logging(run.path, world.rank)
     attempt: Attempt | None = None
     try:
@@ -82,13 +92,15 @@ def run_attempt(
     except BaseException as error:
         ending = ending_of_failure(error)
         log.error("%s", ending.reason, exc_info=not ending.expected)
+        leave_post_mortem(run, ending, error, rank=world.rank, supervised=supervised is not None)
         if attempt is not None:
             attempt.abandon_save(ending, at_once=isinstance(error, KeyboardInterrupt))
         raise
     finally:
         _close(attempt)
         step = attempt.ledger.step if attempt is not None else 0
-        write_outcome(run, ending, rank=world.rank, step=step, seconds=time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        write_outcome(run, ending, rank=world.rank, step=step, seconds=seconds, supervised=supervised is not None)
         run.close()
     return ending, run
 

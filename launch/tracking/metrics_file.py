@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FILE_NAME = "metrics.jsonl"
+_TAIL_BYTES = 65536
 STALL_KEY = "checkpoint_stall_seconds"
 """In a line of its own for every save: how long training waited for it, and for the one before to be written."""
 
@@ -74,6 +75,17 @@ def read_step_lines(run_directory: Path) -> Iterator[tuple[int, dict[str, Any]]]
     A torn last line is dropped; any other broken line raises ValueError with its number.
     """
     return ((number, record) for number, kind, record in _lines(run_directory) if kind == "step")
+
+
+def last_record(run_directory: Path) -> dict[str, Any] | None:
+    """The last whole line, of whatever kind; None where there is none."""
+    path = run_directory / FILE_NAME
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        lines = file.read().splitlines()
+    return next((record for line in reversed(lines) if (record := _parse(line)) is not None), None)
 
 
 def _last_lines(run_directory: Path) -> dict[str, list[dict[str, Any]]]:

@@ -56,7 +56,7 @@ def write_corpus(directory: Path, documents: int = 60, seed: int = 7) -> Path:
 def tiny_gpt(dataset: Path, corpus: Path, **sections: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe whose steps take a few milliseconds, with dropout; `sections` change or add keys."""
     recipe: dict[str, Any] = {
-        "run": {"name": "tiny", "steps": 40},
+        "run": {"name": "tiny", "steps": 40, "max_restarts": 0},
         "model": {"kind": "transformer", "layers": 2, "width": 32, "heads": 2, "dropout": 0.1},
         "task": {"kind": "language_modelling"},
         "data": {

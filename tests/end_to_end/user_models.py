@@ -7,6 +7,7 @@ from pathlib import Path
 SOURCE = '''
 """A user's own models: they know nothing of Lockstep but the shape they are built for."""
 
+import ctypes
 import os
 import signal
 import time
@@ -133,6 +134,30 @@ class AltersItsData(Plain):
         return super().forward(tokens)
 
 
+class Faulty(WithMethods):
+    """On rank FAULT_RANK, at the training forwards that FAULTS lists: by attempt, each counted within it (0: none)."""
+
+    forwards = 0
+
+    def forward(self, tokens):
+        self.forwards += self.training and not tokens.is_meta
+        faults = [int(number) for number in os.environ["FAULTS"].split()]
+        tried = Path("tried")
+        before = len(tried.read_text()) if tried.exists() else 0
+        if os.environ["RANK"] == os.environ["FAULT_RANK"] and before < len(faults) and self.forwards == faults[before]:
+            tried.write_text("x" * (before + 1))
+            match os.environ["FAULT"]:
+                case "mistake":
+                    raise ArithmeticError("a mistake of mine")
+                case "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "exit":
+                    os._exit(3)
+                case "hang":
+                    ctypes.PyDLL(None).sleep(3600)  # keeps the lock of the interpreter
+        return super().forward(tokens)
+
+
 def build(shape, width=16):
     return Plain(shape.vocabulary_size, width)
 
@@ -167,6 +192,10 @@ def build_poisoned(shape):
 
 def build_alters_its_data(shape):
     return AltersItsData(shape.vocabulary_size, 16)
+
+
+def build_faulty(shape):
+    return Faulty(shape.vocabulary_size, 16)
 
 
 def build_broken(shape):

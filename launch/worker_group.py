@@ -1,0 +1,213 @@
+"""The worker processes of one attempt on this host: started, watched, asked to stop, ended. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launch.exit_codes import DONE, STOPPED_EARLY
+from launch.hangs import Hang, HangWatch, Limits, find_cause
+from launch.heartbeats import Beat, Board
+from launch.stop_signals import StopSignals
+from launch.stopping import STOP_SIGNALS
+from launch.supervised import STACKS_SIGNAL, SUPERVISOR
+
+_LOOK_SECONDS = 0.25
+# How long the other workers may take to say their last words once one has ended badly.
+_GRACE_SECONDS = 5.0
+# One that was killed says nothing, and what the others can say is that it is gone.
+_GRACE_AFTER_KILL_SECONDS = 1.0
+_STACKS_SECONDS = 2.0
+
+
+@dataclass
+class Worker:
+    """One worker, and what is known of its end."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    stacks: int
+    """File descriptor of the memory that it writes its stacks to."""
+    killed_by_us: bool = False
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, or minus the signal; None while it runs."""
+        return self.process.poll()
+
+
+@dataclass
+class AttemptEnd:
+    """How the workers ended."""
+
+    workers: list[Worker]
+    """All of them, by rank."""
+    failed: list[Worker]
+    """Those that ended badly and not by our hand, in the order in which they did."""
+    beats: list[Beat]
+    """Where each rank was."""
+    run_directory: Path | None
+    """None where the attempt came to its end before it had one."""
+    hung: tuple[int, str] | None = None
+    """The rank that hung, and what is known of that."""
+    hung_seconds: float = 0.0
+    stacks: dict[int, str] = field(default_factory=dict)
+    """Of every rank that answered, where one hung."""
+
+    @property
+    def codes(self) -> list[int]:
+        return [worker.process.returncode for worker in self.workers]
+
+
+class WorkerGroup:
+    """The workers of one attempt."""
+
+    def __init__(self, arguments: Sequence[str], workers: int, limits: Limits | None, restarts: int) -> None:
+        self._board = Board(workers)
+        self._watch = HangWatch(self._board, limits) if limits is not None else None
+        port = _free_port()
+        # Workers inherit the block and lift it once they listen: a request to stop is heard, however early it comes.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [*STOP_SIGNALS, STACKS_SIGNAL])
+        try:
+            self.workers = [self._start(arguments, rank, workers, port, restarts) for rank in range(workers)]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._failed: list[Worker] = []
+
+    def wait(self, signals: StopSignals) -> AttemptEnd:
+        """Until all workers have ended; asks them to stop when `signals` say so."""
+        hang: tuple[Hang, tuple[int, str], dict[int, str]] | None = None
+        kill_at: float | None = None
+        looked = time.monotonic()
+        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as open_files:
+            selector.register(signals, selectors.EVENT_READ)
+            for worker in self.workers:
+                ended = os.pidfd_open(worker.process.pid)
+                open_files.callback(os.close, ended)
+                selector.register(ended, selectors.EVENT_READ, worker)
+            while any(worker.code is None for worker in self.workers):
+                for key, _ in selector.select(_LOOK_SECONDS):
+                    if key.data is not None and key.data.code is not None:
+                        selector.unregister(key.fd)
+                        self._note_end(key.data)
+                self._pass_on(signals)
+                now = time.monotonic()
+                if self._failed and kill_at is None:
+                    killed = self._failed[0].code == -signal.SIGKILL
+                    kill_at = now + (_GRACE_AFTER_KILL_SECONDS if killed else _GRACE_SECONDS)
+                if kill_at is not None and now > kill_at:
+                    self.kill()
+                elif self._watch is not None and kill_at is None and now - looked >= _LOOK_SECONDS:
+                    silent = self._watch.look(now - looked, [worker.rank for worker in self._running()])
+                    looked = now
+                    if silent is not None:
+                        hang = self._examine(silent)
+                        kill_at = now
+                        self.kill()
+        for worker in self.workers:
+            self._note_end(worker)
+        return self._end(hang)
+
+    def kill(self) -> None:
+        for worker in self._running():
+            worker.killed_by_us = True
+            worker.process.kill()
+
+    def close(self) -> None:
+        """Gives up what was shared with the workers, which have ended."""
+        self._board.close()
+        for worker in self.workers:
+            os.close(worker.stacks)
+
+    def _start(self, arguments: Sequence[str], rank: int, workers: int, port: int, restarts: int) -> Worker:
+        stacks = os.memfd_create(f"lockstep-stacks-{rank}")
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(workers),
+            "LOCAL_WORLD_SIZE": str(workers),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            SUPERVISOR: f"{os.getpid()} {self._board.descriptor} {stacks} {restarts}",
+        }
+        # The workers share the cores; without this each would start a thread for every one of them.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+        # A session of their own: Ctrl-C reaches the supervisor alone, which asks all workers alike.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launch.train", *arguments],
+            env=environment,
+            pass_fds=(self._board.descriptor, stacks),
+            start_new_session=True,
+        )
+        return Worker(rank, process, stacks)
+
+    def _running(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.code is None]
+
+    def _pass_on(self, signals: StopSignals) -> None:
+        """A request to stop goes to every worker; a second Ctrl-C ends them at once."""
+        new = signals.take()
+        if new and signals.interrupts > 1:
+            self.kill()
+        elif new:
+            for worker in self._running():
+                worker.process.send_signal(signal.SIGTERM)
+
+    def _note_end(self, worker: Worker) -> None:
+        if worker not in self._failed and not worker.killed_by_us and worker.code not in (DONE, STOPPED_EARLY):
+            self._failed.append(worker)
+
+    def _examine(self, hang: Hang) -> tuple[Hang, tuple[int, str], dict[int, str]]:
+        """Collects the stacks of all ranks that answer, and finds out which rank is the cause."""
+        running = self._running()
+        stopped = [worker.rank for worker in running if _is_stopped(worker.process.pid)]
+        asked = [worker for worker in running if worker.rank not in stopped]
+        for worker in asked:
+            worker.process.send_signal(STACKS_SIGNAL)
+        deadline = time.monotonic() + _STACKS_SECONDS
+        stacks, sizes = dict[int, str](), dict[int, int]()
+        while len(stacks) < len(asked) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            for worker in asked:
+                size = os.fstat(worker.stacks).st_size
+                if size and sizes.get(worker.rank) == size:  # it has written all it has to say
+                    stacks[worker.rank] = os.pread(worker.stacks, size, 0).decode(errors="replace")
+                sizes[worker.rank] = size
+        return hang, find_cause(hang, stopped, stacks), stacks
+
+    def _end(self, hang: tuple[Hang, tuple[int, str], dict[int, str]] | None) -> AttemptEnd:
+        end = AttemptEnd(
+            workers=self.workers,
+            failed=self._failed,
+            beats=[self._board.beat(worker.rank) for worker in self.workers],
+            run_directory=self._board.run_directory,
+        )
+        if hang is not None:
+            silent, end.hung, end.stacks = hang
+            end.hung_seconds = silent.seconds
+            if silent.saving:
+                end.beats[end.hung[0]] = self._board.beat(end.hung[0], saving=True)
+        return end
+
+
+def _is_stopped(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "tT"
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

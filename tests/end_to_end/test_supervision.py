@@ -1,0 +1,270 @@
+"""Workers that are killed, stopped, stuck or mistaken under a real `lockstep train`, and what it makes of that."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.runs import (
+    LOCKSTEP,
+    Result,
+    checkpoints,
+    final_bytes,
+    history,
+    is_running,
+    lockstep,
+    started,
+    wait_for_step,
+    wait_until,
+    workers_of,
+    write_recipe,
+)
+from tests.end_to_end.runs import environment as clean_environment
+from tests.end_to_end.user_models import write_user_package
+
+STEPS = 150
+RESTARTED = ["run.max_restarts=3", "--workers", 2]
+# Far longer than any phase of these runs, on however busy a machine.
+QUICK = "run.hang_timeout_seconds=5"
+
+# Python runs a module of this name in every process at its start: rank 1's source blocks in the thread that reads ahead,
+# while it makes the fifth chunk of steps, in the first attempt.
+BLOCKED_SOURCE = """
+import os
+
+if os.environ.get("RANK") == "1" and os.environ["LOCKSTEP_SUPERVISOR"].endswith(" 0"):
+    import time
+    from data.stream import Stream
+
+    make, made = Stream._make_chunk, []
+
+    def blocks(*arguments):
+        made.append(True)
+        if len(made) == 5:
+            time.sleep(3600)
+        return make(*arguments)
+
+    Stream._make_chunk = blocks
+"""
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def attempts(run: Path) -> list[Any]:
+    return list(read_json(run / "run.json")["attempts"])
+
+
+def assert_same_run(run: Path, straight: Path) -> None:
+    assert final_bytes(run) == final_bytes(straight)
+    assert history(run) == history(straight)
+    assert not list(run.rglob(".tmp-*"))
+    assert read_json(run / "outcome.json")["exit_code"] == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_replaced(rank: int, recipe: Path, straight_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", recipe, "run.directory=run", f"run.steps={STEPS}", *RESTARTED]
+    with started(LOCKSTEP, *arguments, cwd=tmp_path) as process:
+        wait_for_step(run, 8, None, process)
+        workers = workers_of(process.pid)
+        os.kill(workers[rank], signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert not any(map(is_running, workers))
+    assert_same_run(run, straight_run(2, STEPS))
+    assert len(attempts(run)) == 2
+    assert attempts(run)[1]["resumed_from_step"] >= 5
+    died = read_json(run / "post-mortem.json")
+    assert (died["rank"], died["cause"], died["signal"], died["attempt"]) == (rank, "signal", "SIGKILL", 1)
+    assert died["pid"] == workers[rank]
+    assert died["step"] >= 7
+    assert died["last_metrics"]["attempt"] == 1
+    assert died["earlier"] == []
+    told = f"lockstep: rank {rank} was killed by SIGKILL in {died['phase']} at step {died['step']}; starting again (1 of 3)"
+    assert told in err.splitlines()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_named_and_replaced(
+    rank: int, recipe: Path, straight_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", recipe, "run.directory=run", f"run.steps={STEPS}", QUICK, *RESTARTED]
+    with started(LOCKSTEP, *arguments, cwd=tmp_path) as process:
+        wait_for_step(run, 8, None, process)
+        os.kill(workers_of(process.pid)[rank], signal.SIGSTOP)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert_same_run(run, straight_run(2, STEPS))
+    died = read_json(run / "post-mortem.json")
+    assert (died["rank"], died["cause"], died["exit_code"], died["signal"]) == (rank, "hang", None, None)
+    assert died["reason"].endswith(" s: its process is stopped")
+    # The one that waited for it is not blamed, and says where it waits.
+    assert died["stacks"] == [f"logs/stacks-rank-{1 - rank}.txt"]
+    assert "most recent call first" in (run / died["stacks"][0]).read_text()
+
+
+def test_a_source_that_blocks_is_the_cause_and_not_the_rank_that_waits_for_it(
+    recipe: Path, straight_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(BLOCKED_SOURCE)
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+    arguments = ["train", recipe, "run.directory=run", f"run.steps={STEPS}", QUICK, *RESTARTED]
+    lockstep(*arguments, cwd=tmp_path, env=clean_environment(PYTHONPATH=path)).succeeded()
+    run = tmp_path / "run"
+    assert_same_run(run, straight_run(2, STEPS))
+    died = read_json(run / "post-mortem.json")
+    assert (died["rank"], died["cause"], died["phase"]) == (1, "hang", "data")
+    assert [rank["phase"] for rank in died["ranks"]] == ["data", "data"]
+    assert "sitecustomize.py" in (run / "logs" / "stacks-rank-1.txt").read_text()
+    assert "sum_in_prefetch_thread" in (run / "logs" / "stacks-rank-0.txt").read_text()
+
+
+@pytest.fixture
+def faulty(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> Path:
+    """A model of the user's own that fails as its environment says; six forwards of two ranks make a step of theirs."""
+    values = recipe_values(run={"steps": 20, "max_restarts": 3})
+    values["model"] = {"kind": "own_package.models_of_mine:build_faulty"}
+    return write_recipe(tmp_path / "faulty.yaml", values)
+
+
+def fails(how: str, at: list[int], tmp_path: Path, rank: int = 1) -> Mapping[str, str]:
+    package = tmp_path / "mine"
+    if not package.exists():
+        write_user_package(package)
+    forwards = " ".join(map(str, at))
+    return clean_environment(PYTHONPATH=f"{package}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+                             FAULT=how, FAULTS=forwards, FAULT_RANK=str(rank))  # fmt: skip
+
+
+def train(recipe: Path, *overrides: object, env: Mapping[str, str]) -> Result:
+    return lockstep("train", recipe, "run.directory=run", "--workers", 2, *overrides, cwd=recipe.parent, env=env)
+
+
+def test_a_thread_that_keeps_the_interpreter_is_found_in_its_phase(faulty: Path, tmp_path: Path) -> None:
+    """No Python code can run in that process, so none of it can say so: its stacks can be had all the same."""
+    train(faulty, QUICK, env=fails("hang", [30], tmp_path)).succeeded()
+    died = read_json(tmp_path / "run" / "post-mortem.json")
+    assert (died["rank"], died["cause"], died["phase"]) == (1, "hang", "forward")
+    assert died["reason"].endswith(" s: it does not move")
+    assert "models_of_mine.py" in (tmp_path / "run" / "logs" / "stacks-rank-1.txt").read_text()
+    assert (tmp_path / "run" / "logs" / "stacks-rank-0.txt").exists()
+    assert checkpoints(tmp_path / "run")[-1] == "step-00000020"
+
+
+def test_a_mistake_that_comes_again_at_the_same_step_ends_the_run_with_78(faulty: Path, tmp_path: Path) -> None:
+    """The first attempt dies in its ninth step, and the second, which begins after the fifth, there too."""
+    forwards_of_a_step = 3
+    dry = 2
+    at = [dry + 8 * forwards_of_a_step + 1, dry + 3 * forwards_of_a_step + 1]
+    ended = train(faulty, env=fails("mistake", at, tmp_path))
+    assert ended.code == 78, ended.err
+    run = tmp_path / "run"
+    reason = "died 2 times in the same way at step 8 and would again: rank 1 failed: ArithmeticError: a mistake of mine"
+    assert ended.err.splitlines()[-1] == f"lockstep: error: {reason}"
+    assert len(attempts(run)) == 2
+    outcome = read_json(run / "outcome.json")
+    assert (outcome["exit_code"], outcome["reason"], outcome["step"]) == (78, reason, 8)
+    died = read_json(run / "post-mortem.json")
+    assert (died["rank"], died["cause"], died["phase"], died["step"]) == (1, "exception", "forward", 8)
+    assert (died["exit_code"], died["exception"]["type"]) == (1, "ArithmeticError")
+    assert died["exception"]["message"] == "a mistake of mine"
+    assert "models_of_mine.py" in died["exception"]["frames"][-1]
+    assert [earlier["attempt"] for earlier in died["earlier"]] == [1]
+    assert checkpoints(run) == ["step-00000005"]
+
+
+def test_restarts_without_a_later_checkpoint_are_used_up(faulty: Path, tmp_path: Path) -> None:
+    ended = train(
+        faulty, "run.max_restarts=2", "checkpoint.every_steps=null", "run.restart_backoff_seconds=0.1",
+        env=fails("exit", [10, 20, 30], tmp_path),
+    )  # fmt: skip
+    assert ended.code == 1, ended.err
+    run = tmp_path / "run"
+    assert ended.told[-1] == "lockstep: error: restarted 2 times without a later checkpoint; giving up"
+    assert "rank 1 ended with exit code 3 in forward at step" in ended.told[0]
+    assert [attempt["resumed_from"] for attempt in attempts(run)] == [None, None, None]
+    died = read_json(run / "post-mortem.json")
+    assert (died["cause"], died["exit_code"], died["restarts"], len(died["earlier"])) == ("exit", 3, 2, 2)
+    assert read_json(run / "outcome.json")["exit_code"] == 1
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "stop file"])
+def test_a_request_to_stop_while_waiting_to_start_again(how: str, faulty: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    env = fails("kill", [30, 40], tmp_path)
+    arguments = ["run.directory=run", "run.restart_backoff_seconds=3600", "checkpoint.every_steps=null", "--workers", 2]
+    with started(LOCKSTEP, "train", faulty, *arguments, cwd=tmp_path, env=env) as process:
+        wait_until(lambda: _died(run, times=2), "the second death")
+        wait_until(lambda: not workers_of(process.pid), "the end of all workers")
+        if how == "stop file":
+            (run / "stop").touch()
+        else:
+            process.send_signal(signal.Signals[how])
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert err.splitlines()[-1] == "lockstep: stopped on request before another attempt; what was saved last is intact"
+    assert read_json(run / "outcome.json")["exit_code"] == 75
+
+
+def _died(run: Path, times: int) -> bool:
+    path = run / "post-mortem.json"
+    return path.exists() and len(read_json(path)["earlier"]) == times - 1
+
+
+def test_a_fork_that_dies_before_it_saved_begins_from_its_origin_again(
+    faulty: Path, recipe: Path, tmp_path: Path
+) -> None:
+    env = fails("kill", [0, 4, 4], tmp_path)
+    train(faulty, "run.steps=5", env=env).succeeded()
+    (tmp_path / "tried").write_text("x")
+    origin = tmp_path / "run" / "checkpoints" / "step-00000005"
+    arguments = [
+        "train", faulty, "run.directory=fork", "run.steps=12", "--resume", origin, "--allow-change", "--workers", 2,
+    ]  # fmt: skip
+    lockstep(*arguments, cwd=tmp_path, env=env).succeeded()
+    assert [attempt["resumed_from"] for attempt in attempts(tmp_path / "fork")] == [str(origin)] * 3
+    assert checkpoints(tmp_path / "fork")[-1] == "step-00000012"
+
+
+def test_a_run_without_a_directory_of_its_own_goes_on_in_the_one_it_was_given(faulty: Path, tmp_path: Path) -> None:
+    env = fails("kill", [30], tmp_path)
+    lockstep("train", faulty, "--workers", 2, cwd=tmp_path, env=env).succeeded()
+    [run] = (tmp_path / "runs").iterdir()
+    assert len(attempts(run)) == 2
+
+
+def test_a_supervisor_that_is_killed_takes_a_stuck_rank_along(faulty: Path, tmp_path: Path) -> None:
+    env = fails("hang", [30], tmp_path)
+    with started(LOCKSTEP, "train", faulty, "run.directory=run", "--workers", 2, cwd=tmp_path, env=env) as process:
+        wait_until(lambda: (tmp_path / "tried").exists(), "the hang")
+        workers = workers_of(process.pid)
+        process.kill()
+        process.wait()
+        wait_until(lambda: not any(map(is_running, workers)), "the end of both, also of the one that cannot act")
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_ctrl_c_asks_first_and_then_ends_at_once_even_a_stuck_rank(faulty: Path, tmp_path: Path) -> None:
+    env = fails("hang", [30], tmp_path)
+    with started(LOCKSTEP, "train", faulty, "run.directory=run", "--workers", 2, cwd=tmp_path, env=env) as process:
+        wait_until(lambda: (tmp_path / "tried").exists(), "the hang")
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1.0)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert len(attempts(tmp_path / "run")) == 1
