@@ -1,12 +1,13 @@
 """What a step of this project's loop costs above a bare PyTorch loop over the same model and the same batches.
 
-    python benchmarks/step.py [--only tiny|base] [--processes 1|2] [--rounds N] [--quick] [--output DIRECTORY]
+    python benchmarks/step.py [--only tiny|base|supervision] [--processes 1|2] [--rounds N] [--quick] [--output DIRECTORY]
 
 Every contender is a process of its own (or one per rank), all of them alive at once; a gate lets one contender at a time
 run a short block of steps, A B C and then C B A. Differences and ratios are taken within a round, so that foreign load
 which lasts longer than a round cancels out; their median over all rounds of several fresh starts is what counts, with
 its bootstrap interval. Beside it stands the same number from each contender's fastest block, which ignores bursts of
-load. That the contenders did the same work shows in the probe loss: the loss on a fixed batch after the same steps.
+load. Tables about supervision compare two runs of this loop, and are written to a file of their own. That the contenders
+did the same work shows in the probe loss: the loss on a fixed batch after the same steps.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import socket
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from datetime import UTC, datetime
 from importlib import metadata
@@ -32,9 +34,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.step_contenders import BARE, FULL, MEANING, PLAIN, Job, Table, data_section, run_contender
+from benchmarks.step_contenders import BARE, FULL, MEANING, PLAIN, SUPERVISED, Job, Table, data_section, run_contender
 from data.config import DataConfig
 from data.prepare import prepare
+from launch.hangs import HangWatch, Limits
+from launch.heartbeats import Board
+from launch.worker_group import LOOK_SECONDS
 
 TIMEOUT_SECONDS = 300.0
 
@@ -53,6 +58,14 @@ TABLES = (
     Table("base", 1, 2, BASE, 256, 8, (BARE, FULL), 2, 40, 1, 2, most_ratio={FULL: 1.03}),
     Table("base", 2, 1, BASE, 256, 8, (BARE, FULL), 2, 20, 1, 2, most_ratio={FULL: 1.03}),
 )
+# Many short blocks: what is looked for is a tenth of what a block's time varies by.
+SUPERVISION_TABLES = tuple(
+    Table(
+        "tiny", processes, 1, TINY, 32, 8, (FULL, SUPERVISED), 4, 150, 10, 100,
+        most_ratio={SUPERVISED: 1.01}, against=FULL,
+    )
+    for processes in (1, 2)
+)  # fmt: skip
 
 
 class Contender:
@@ -62,16 +75,21 @@ class Contender:
         self.name = name
         context = multiprocessing.get_context("spawn")
         port = _free_port()
+        self._over = threading.Event()
+        self._board = Board(table.processes) if name == SUPERVISED else None
         self._connections: list[Connection] = []
         self._processes = []
         for rank in range(table.processes):
             ours, theirs = context.Pipe()
-            job = Job(table, name, rank, port, dataset, directory / name)
+            board = None if self._board is None else self._board.descriptor
+            job = Job(table, name, rank, port, dataset, directory / name, board)
             process = context.Process(target=run_contender, args=(theirs, job), daemon=True)
             process.start()
             theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
+        if self._board is not None:
+            threading.Thread(target=self._watch, args=(self._board, table.processes), daemon=True).start()
 
     def wait_until_ready(self) -> None:
         self._receive()
@@ -92,8 +110,16 @@ class Contender:
         return losses[0], max(memory)
 
     def kill(self) -> None:
+        self._over.set()
         for process in self._processes:
             process.kill()
+
+    def _watch(self, board: Board, processes: int) -> None:
+        """What the supervisor does meanwhile. Contenders wait at the gate for as long as it takes: nobody is hung."""
+        watch = HangWatch(board, Limits(floor_seconds=1e9, unknown_seconds=1e9, data_is_near=True))
+        while not self._over.wait(LOOK_SECONDS):
+            watch.look(LOOK_SECONDS, range(processes))
+        board.close()
 
     def _receive(self) -> list[Any]:
         answers = []
@@ -142,14 +168,15 @@ def measure(table: Table, dataset: Path, directory: Path) -> dict[str, Any]:
 
 def _check_same_work(table: Table, probes: dict[str, float]) -> None:
     for name, loss in probes.items():
-        if not abs(loss - probes[BARE]) <= 1e-5 * probes[BARE]:
-            raise AssertionError(f"{table.title}: {name} did other work: probe loss {loss}, bare {probes[BARE]}")
+        other = probes[table.against]
+        if not abs(loss - other) <= 1e-5 * other:
+            raise AssertionError(f"{table.title}: {name} did other work: probe loss {loss}, {table.against} {other}")
 
 
 def _summary(
     table: Table, name: str, seconds: dict[str, list[float]], probe_loss: float, memory: float
 ) -> dict[str, Any]:
-    own, bare = np.array(seconds[name]), np.array(seconds[BARE])
+    own, bare = np.array(seconds[name]), np.array(seconds[table.against])
     over_ms, ratio = 1e3 * (own - bare), own / bare
     summary: dict[str, Any] = {
         "seconds_per_step": seconds[name],
@@ -208,18 +235,22 @@ def _read(path: str) -> str:
 
 
 def as_markdown(machine: dict[str, Any], tables: list[dict[str, Any]], seconds: float) -> str:
-    """The results for people."""
+    """The results for people. Tables of one call are compared with one contender."""
+    against = tables[0]["settings"]["against"]
+    shown = {name for table in tables for name in table["contenders"]}
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
-        "# The step: this loop against a bare PyTorch loop",
+        "# The step: this loop against a bare PyTorch loop"
+        if against == BARE
+        else "# The step: what supervision costs",
         "",
         f"Measured {machine['date']} in {seconds:.0f} s by `{machine['command']}` on {machine['device']}: {machine['cpu']}, "
         f"{machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}; {versions}; "
         f"load average before it {machine['load_average_before']}.",
         "",
-        *(f"* `{name}`: {meaning}" for name, meaning in MEANING.items()),
+        *(f"* `{name}`: {meaning}" for name, meaning in MEANING.items() if name in shown),
         "",
-        "Differences and ratios are those of step times within a round, to `bare`: median [95 % bootstrap interval of the "
+        f"Differences and ratios are those of step times within a round, to `{against}`: median [95 % bootstrap interval of the "
         "median] (least to most). *best* compares the fastest blocks. A target is met or missed where the whole interval is "
         "on one side of it. Equal probe losses: the contenders did the same work.",
     ]
@@ -231,7 +262,8 @@ def as_markdown(machine: dict[str, Any], tables: list[dict[str, Any]], seconds: 
             "",
             f"{settings['starts']} starts x {settings['rounds']} rounds x {settings['block_steps']} steps",
             "",
-            "| contender | ms a step | ms over bare | best | ratio to bare | best | target | peak RSS MB | probe loss |",
+            f"| contender | ms a step | ms over {against} | best | ratio to {against} | best | target "
+            "| peak RSS MB | probe loss |",
             "|---|---:|---|---:|---|---:|---|---:|---:|",
             *(_row(name, summary) for name, summary in table["contenders"].items()),
         ]
@@ -255,15 +287,19 @@ def _row(name: str, summary: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measures, prints the tables and writes `step.json` and `step.md`."""
+    """Measures, prints the tables and writes `step.json` and `step.md`, or those of supervision."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("tiny", "base"), help="one model size")
+    parser.add_argument("--only", choices=("tiny", "base", "supervision"), help="one model size, or supervision")
     parser.add_argument("--processes", type=int, choices=(1, 2), help="one number of processes")
     parser.add_argument("--rounds", type=int, help="rounds per start")
     parser.add_argument("--quick", action="store_true", help="one start of two short rounds: to try, not to conclude")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    tables = [t for t in TABLES if options.only in (None, t.size) and options.processes in (None, t.processes)]
+    name = "step-supervision" if options.only == "supervision" else "step"
+    chosen = SUPERVISION_TABLES if options.only == "supervision" else [
+        table for table in TABLES if options.only in (None, table.size)
+    ]  # fmt: skip
+    tables = [table for table in chosen if options.processes in (None, table.processes)]
     if options.quick:
         tables = [
             dataclasses.replace(t, starts=1, rounds=2, block_steps=min(t.block_steps, 10), warmup_steps=1)
@@ -282,8 +318,8 @@ def main() -> None:
             print(f"{table.title}: done after {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
     text = as_markdown(machine, results, time.perf_counter() - begun)
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "step.json").write_text(json.dumps({"machine": machine, "tables": results}, indent=1) + "\n")
-    (options.output / "step.md").write_text(text)
+    (options.output / f"{name}.json").write_text(json.dumps({"machine": machine, "tables": results}, indent=1) + "\n")
+    (options.output / f"{name}.md").write_text(text)
     print(text)
 
 

@@ -28,11 +28,13 @@ from data.stream import Stream
 from distrib.engine import Engine, EngineSetup
 from distrib.engines import make_engine
 from distrib.initialisation import make_initialised_model
+from distrib.phases import observe
 from distrib.world import World, join_world, leave_world
 from launch.attempt import Attempt
 from launch.config import RunConfig
 from launch.console import Progress
 from launch.feed import make_feed
+from launch.heartbeats import Heartbeat
 from launch.ledger import Ledger
 from launch.loop import Hooks, Intervals, train
 from launch.materials import Materials, open_materials
@@ -44,11 +46,12 @@ from launch.stopping import StopRequest
 from launch.tracking.tracking import Tracking
 from launch.worker_log import start_logging
 
-BARE, PLAIN, FULL = "bare", "plain", "full"
+BARE, PLAIN, FULL, SUPERVISED = "bare", "plain", "full", "supervised"
 MEANING = {
     BARE: "a bare PyTorch loop: fused AdamW, batches from a memory map, DDP with its defaults on two processes",
     PLAIN: "this loop and its stream, without clipping and tracking (digest and gradient norm are always computed)",
     FULL: "this loop and its stream with clipping, digest, progress and `metrics.jsonl`",
+    SUPERVISED: "the same with heartbeats, which another process looks at as `lockstep train` does",
 }
 SPARE_STEPS = 256  # the stream never ends within a measurement, so that its thread always has work
 PROBE_SAMPLES = 8
@@ -75,6 +78,8 @@ class Table:
     """Milliseconds a step above the bare loop that a contender may cost."""
     most_ratio: dict[str, float] = dataclasses.field(default_factory=dict)
     """Step time over the bare loop's that a contender may need."""
+    against: str = BARE
+    """The contender that the others are compared with."""
 
     @property
     def total_steps(self) -> int:
@@ -87,7 +92,8 @@ class Table:
     @property
     def title(self) -> str:
         processes = "1 process" if self.processes == 1 else f"{self.processes} processes, gloo,"
-        return f"{processes} x {self.threads} thread(s), {self.size} model"
+        supervision = ", supervision" if SUPERVISED in self.contenders else ""
+        return f"{processes} x {self.threads} thread(s), {self.size} model{supervision}"
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,8 @@ class Job:
     port: int
     dataset: Path
     directory: Path
+    board: int | None
+    """The file descriptor, in the process that started this one, of the memory for heartbeats."""
 
 
 def run_contender(connection: Connection, job: Job) -> None:
@@ -109,6 +117,8 @@ def run_contender(connection: Connection, job: Job) -> None:
             RANK=str(job.rank), WORLD_SIZE=str(job.table.processes), LOCAL_RANK=str(job.rank),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job.port),
         )  # fmt: skip
+    if job.board is not None:
+        observe(Heartbeat(os.open(f"/proc/{os.getppid()}/fd/{job.board}", os.O_RDWR), job.rank))
     torch.set_num_threads(job.table.threads)
     config = _config(job)
     materials = open_materials(config, {"": LocalStore(job.dataset)})
@@ -143,7 +153,7 @@ def _config(job: Job) -> RunConfig:
         "optimizer": {
             "lr": 1e-3,
             "weight_decay": 0.0,  # which parameters are decayed is a matter of taste, not of speed
-            "clip_norm": CLIP_NORM if job.contender == FULL else None,
+            "clip_norm": CLIP_NORM if job.contender in (FULL, SUPERVISED) else None,
         },
         "schedule": {"kind": "constant"},
         "checkpoint": {"every_steps": None},
@@ -189,7 +199,7 @@ def _run_bare(job: Job, config: RunConfig, materials: Materials, world: World, c
 
 
 def _run_lockstep(job: Job, config: RunConfig, materials: Materials, world: World, connection: Connection) -> nn.Module:
-    """The real loop over the real engine and stream; PLAIN without, FULL with what a run writes and shows."""
+    """The real loop over the real engine and stream; PLAIN without, the others with what a run writes and shows."""
     plan = Plan.of([segment_of(config, materials.training)])
     engine = make_engine(
         EngineSetup(
@@ -216,7 +226,7 @@ def _run_lockstep(job: Job, config: RunConfig, materials: Materials, world: Worl
         prefetch_steps=config.data.prefetch_steps,
     )
     attempt = _attempt(job, config, materials, world, engine, plan)
-    record: Callable[[dict[str, Any]], None] = attempt.record if job.contender == FULL else _ignore
+    record: Callable[[dict[str, Any]], None] = attempt.record if job.contender in (FULL, SUPERVISED) else _ignore
     try:
         train(
             engine,
@@ -241,7 +251,7 @@ def _attempt(job: Job, config: RunConfig, materials: Materials, world: World, en
     attempt = Attempt(
         config, world, run, materials, engine, plan, Ledger(), StopRequest(), make_feed(config, materials, world)
     )
-    if job.contender == FULL and world.rank == 0:
+    if job.contender in (FULL, SUPERVISED) and world.rank == 0:
         attempt.stop.watch(run.stop_file)
         attempt.progress = Progress("lines", config.run.steps, 1, materials.item_name, stream=io.StringIO())
         attempt.tracking = Tracking(

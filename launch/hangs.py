@@ -63,6 +63,7 @@ class Hang(NamedTuple):
     """Ranks that have not moved for longer than they may: the cause is among them, unless a stopped rank is."""
 
     ranks: tuple[int, ...]
+    phase: Phase
     saving: bool
     """Whether it is their saving threads that do not move."""
     seconds: float
@@ -85,10 +86,11 @@ class HangWatch:
         least = min((beat.entries for beat in beats.values()), default=0)
         behind = [rank for rank, beat in beats.items() if beat.entries == least]
         if behind and all(still[rank] > self._limit(beats[rank]) for rank in behind):
-            return Hang(tuple(behind), False, min(still[rank] for rank in behind))
+            return Hang(tuple(behind), beats[behind[0]].phase, False, min(still[rank] for rank in behind))
         at_work = [rank for rank, beat in saves.items() if beat.phase != "idle"]
-        if any(still_saving[rank] > self._limit(saves[rank]) for rank in at_work):
-            return Hang(tuple(at_work), True, max(still_saving[rank] for rank in at_work))
+        late = [rank for rank in at_work if still_saving[rank] > self._limit(saves[rank])]
+        if late:
+            return Hang(tuple(at_work), saves[late[0]].phase, True, max(still_saving[rank] for rank in late))
         return None
 
     def _still(self, rank: int, beat: Beat, passed: float, *, saving: bool) -> float:
@@ -107,12 +109,15 @@ def find_cause(hang: Hang, stopped: Sequence[int], stacks: Mapping[int, str]) ->
         return stopped[0], "its process is stopped"
     if silent := [rank for rank in hang.ranks if rank not in stacks]:
         return silent[0], "its process does not answer"
-    at_work = [rank for rank in hang.ranks if not waits_for_others(stacks[rank])]
-    if at_work:
-        return at_work[0], "it does not move"
+    # Ahead of steps and beside them it is another thread that meets the others.
+    main_thread = not hang.saving and hang.phase != "data"
+    at_work = [rank for rank in hang.ranks if not waits_for_others(stacks[rank], main_thread=main_thread)]
+    if at_work or len(hang.ranks) == 1:
+        return (at_work or hang.ranks)[0], "it does not move"
     return hang.ranks[0], "the ranks wait for each other"
 
 
-def waits_for_others(stacks: str) -> bool:
-    """Whether a thread of a process is in a collective."""
-    return any(file.endswith(_COLLECTIVES) for file in _LAST_CALL.findall(stacks))
+def waits_for_others(stacks: str, *, main_thread: bool) -> bool:
+    """Whether a process is in a collective: its main thread, or any of its threads."""
+    calls = _LAST_CALL.findall(stacks)  # the main thread comes last
+    return any(file.endswith(_COLLECTIVES) for file in (calls[-1:] if main_thread else calls))

@@ -164,7 +164,7 @@ class _Supervision:
 
     def _tell_unless_told(self, death: Death, since: float) -> None:
         """What ended the run, where no worker could say it: those that were left knew only that another was gone."""
-        if death.cause in ("signal", "hang"):
+        if death.cause in ("signal", "hang") or (death.cause == "exit" and death.name != str(FAILED)):
             _say(death.reason)
             self._write_outcome(FAILED, death.reason, death.step)
         elif self._directory is not None and not _written_since(self._directory / OUTCOME_FILE, since):

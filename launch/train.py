@@ -66,6 +66,8 @@ def run_worker(config: RunConfig, resume: Resume, *, allow_change: bool) -> int:
         ending = ending_of_failure(error)
         if not ending.expected:
             traceback.print_exc()
+        elif ending.peer_lost and supervised is not None:
+            pass  # it tells who is gone
         elif world.rank == 0 or not (ending.told_by_all or ending.peer_lost):
             print(f"lockstep: error: {ending.reason}", file=sys.stderr, flush=True)
         if ending.told_by_all:

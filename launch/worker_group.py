@@ -21,7 +21,7 @@ from launch.stop_signals import StopSignals
 from launch.stopping import STOP_SIGNALS
 from launch.supervised import STACKS_SIGNAL, SUPERVISOR
 
-_LOOK_SECONDS = 0.25
+LOOK_SECONDS = 0.25
 # How long the other workers may take to say their last words once one has ended badly.
 _GRACE_SECONDS = 5.0
 # One that was killed says nothing, and what the others can say is that it is gone.
@@ -95,7 +95,7 @@ class WorkerGroup:
                 open_files.callback(os.close, ended)
                 selector.register(ended, selectors.EVENT_READ, worker)
             while any(worker.code is None for worker in self.workers):
-                for key, _ in selector.select(_LOOK_SECONDS):
+                for key, _ in selector.select(LOOK_SECONDS):
                     if key.data is not None and key.data.code is not None:
                         selector.unregister(key.fd)
                         self._note_end(key.data)
@@ -106,7 +106,7 @@ class WorkerGroup:
                     kill_at = now + (_GRACE_AFTER_KILL_SECONDS if killed else _GRACE_SECONDS)
                 if kill_at is not None and now > kill_at:
                     self.kill()
-                elif self._watch is not None and kill_at is None and now - looked >= _LOOK_SECONDS:
+                elif self._watch is not None and kill_at is None and now - looked >= LOOK_SECONDS:
                     silent = self._watch.look(now - looked, [worker.rank for worker in self._running()])
                     looked = now
                     if silent is not None:

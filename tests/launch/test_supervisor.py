@@ -174,13 +174,13 @@ def test_a_rank_that_waits_is_not_hung_while_the_other_may_still_take_its_time(t
     two.enter(0, "data", "forward", "backward")
     two.enter(1, "data")
     assert two.after(100) is None
-    assert two.after(2) == Hang((1,), False, 101.0)
+    assert two.after(2) == Hang((1,), "data", False, 101.0)
 
 
 def test_the_rank_that_is_behind_is_judged_by_its_own_phase(two: Ranks) -> None:
     two.enter(0, "data", "forward", "backward")
     two.enter(1, "data", "forward")
-    assert two.after(20) == Hang((1,), False, 11.0)
+    assert two.after(20) == Hang((1,), "forward", False, 11.0)
 
 
 def test_ranks_that_are_equally_far_hang_once_the_last_to_come_there_has_waited_too_long(two: Ranks) -> None:
@@ -189,7 +189,7 @@ def test_ranks_that_are_equally_far_hang_once_the_last_to_come_there_has_waited_
     assert two.after(8) is None
     two.enter(1, "backward")
     assert two.after(10) is None
-    assert two.after(3) == Hang((0, 1), False, 11.0)
+    assert two.after(3) == Hang((0, 1), "backward", False, 11.0)
 
 
 def test_a_pause_of_the_supervisor_itself_is_not_held_against_workers(two: Ranks) -> None:
@@ -206,7 +206,7 @@ def test_a_saving_thread_that_does_not_move_is_found(two: Ranks) -> None:
         assert two.after(1) is None
     for rank in range(2):
         two.enter(rank, *a_step())
-    assert two.after(2) == Hang((1,), True, 101.0)
+    assert two.after(2) == Hang((1,), "save.write", True, 101.0)
 
 
 @pytest.mark.parametrize(
@@ -249,14 +249,24 @@ WORKING = stacks("/usr/queue.py", "/home/me/models.py")
 
 
 def test_the_cause_is_who_is_stopped_then_who_is_silent_then_who_does_not_wait() -> None:
-    hang = Hang((0, 1), False, 30.0)
-    assert waits_for_others(WAITING)
-    assert not waits_for_others(WORKING)
+    hang = Hang((0, 1), "backward", False, 30.0)
+    assert waits_for_others(WAITING, main_thread=True)
+    assert not waits_for_others(WORKING, main_thread=True)
     assert find_cause(hang, [2], {0: WAITING, 1: WORKING}) == (2, "its process is stopped")
     assert find_cause(hang, [], {0: WAITING}) == (1, "its process does not answer")
     assert find_cause(hang, [], {0: WAITING, 1: WORKING}) == (1, "it does not move")
     assert find_cause(hang, [], {0: WORKING, 1: WAITING}) == (0, "it does not move")
     assert find_cause(hang, [], {0: WAITING, 1: WAITING}) == (0, "the ranks wait for each other")
+    assert find_cause(hang._replace(ranks=(1,)), [], {0: WAITING, 1: WAITING}) == (1, "it does not move")
+
+
+def test_only_where_data_or_a_save_is_late_does_it_count_that_another_thread_waits() -> None:
+    """A thread that reads ahead may be in a collective at any time, or on its way out of one."""
+    reads_ahead = stacks("/v/site-packages/torch/distributed/distributed_c10d.py", "/usr/queue.py")
+    seen = {0: reads_ahead, 1: WORKING}
+    assert find_cause(Hang((0, 1), "data", False, 30.0), [], seen) == (1, "it does not move")
+    assert find_cause(Hang((0, 1), "save.write", True, 30.0), [], seen) == (1, "it does not move")
+    assert find_cause(Hang((0, 1), "forward", False, 30.0), [], seen) == (0, "it does not move")
 
 
 def test_real_stacks_are_read_as_faulthandler_writes_them() -> None:
@@ -276,7 +286,7 @@ threading.Thread(target=dump).start()
 distributed_c10d._store_based_barrier(0, dist.HashStore(), "x", 2, datetime.timedelta(seconds=60))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert waits_for_others(done.stdout), done.stdout
+    assert waits_for_others(done.stdout, main_thread=True), done.stdout
 
 
 def test_a_signal_is_only_noted_and_wakes_who_waits() -> None:
