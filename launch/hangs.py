@@ -83,8 +83,8 @@ class HangWatch:
         still = {rank: self._still(rank, beat, passed, saving=False) for rank, beat in beats.items()}
         saves = {rank: self._board.beat(rank, saving=True) for rank in running}
         still_saving = {rank: self._still(rank, beat, passed, saving=True) for rank, beat in saves.items()}
-        least = min((beat.entries for beat in beats.values()), default=0)
-        behind = [rank for rank, beat in beats.items() if beat.entries == least]
+        least = min((beat.common for beat in beats.values()), default=0)
+        behind = [rank for rank, beat in beats.items() if beat.common == least]
         if behind and all(still[rank] > self._limit(beats[rank]) for rank in behind):
             return Hang(tuple(behind), beats[behind[0]].phase, False, min(still[rank] for rank in behind))
         at_work = [rank for rank, beat in saves.items() if beat.phase != "idle"]

@@ -17,8 +17,10 @@ from distrib.phases import Moment, Phase
 _PHASES: tuple[Phase, ...] = get_args(Phase)
 _NUMBERS = {phase: number for number, phase in enumerate(_PHASES)}
 _LENGTH = struct.Struct("=q")
-_BEAT = struct.Struct("=qqqq")
+_BEAT = struct.Struct("=qqqqq")
 _SECONDS = struct.Struct("=d")
+# Where training itself saves, rank 0 has more to do.
+_OF_ONE_RANK = {_NUMBERS["save.write"], _NUMBERS["save.manifest"], _NUMBERS["save.rename"]}
 # The run's directory, as its length in bytes and the bytes; then a part of its own for every rank.
 _HEADER_BYTES = 8192
 _RANK_BYTES = 512
@@ -35,7 +37,9 @@ class Beat(NamedTuple):
     step: int
     """Steps that were committed before it; for a save the one that is saved."""
     entries: int
-    """Phases that the thread has begun. Training threads begin the same ones, so of two ranks the lower is behind."""
+    """Phases that the thread has begun."""
+    common: int
+    """Those of them that every rank goes through. Of the training threads of two ranks the one with fewer is behind."""
 
 
 class Board:
@@ -50,10 +54,10 @@ class Board:
     def beat(self, rank: int, *, saving: bool = False) -> Beat:
         at = _at(rank, saving)
         while True:
-            entries, number, step, entries_again = _BEAT.unpack_from(self._memory, at)
+            entries, number, step, common, entries_again = _BEAT.unpack_from(self._memory, at)
             if entries == entries_again:
                 break
-        return Beat(_PHASES[number] if entries or not saving else "idle", step, entries)
+        return Beat(_PHASES[number] if entries or not saving else "idle", step, entries, common)
 
     def longest_seconds(self, phase: Phase) -> float | None:
         """The longest that a phase took lately on any rank; None where none has come to its end."""
@@ -91,18 +95,22 @@ class Heartbeat:
     def __call__(self, moment: Moment) -> None:
         now = time.monotonic()
         thread = self._threads[moment.saving]
-        longest = self._recent[thread.number].add(now - thread.since)
-        _SECONDS.pack_into(self._memory, self._longest_at + thread.number * _SECONDS.size, longest)
+        recent = self._recent[thread.number]
+        if recent.add(now - thread.since):
+            _SECONDS.pack_into(self._memory, self._longest_at + thread.number * _SECONDS.size, recent.longest)
         thread.number, thread.since = _NUMBERS[moment.phase], now
         thread.entries += 1
-        _BEAT.pack_into(self._memory, thread.at, thread.entries, thread.number, moment.step, thread.entries)
+        thread.common += thread.number not in _OF_ONE_RANK
+        _BEAT.pack_into(
+            self._memory, thread.at, thread.entries, thread.number, moment.step, thread.common, thread.entries
+        )
 
 
 class _Thread:
     """What one thread of a worker said last, and when."""
 
     def __init__(self, at: int) -> None:
-        self.at, self.number, self.entries = at, _NUMBERS["start"], 0
+        self.at, self.number, self.entries, self.common = at, _NUMBERS["start"], 0, 0
         self.since = time.monotonic()
 
 
@@ -111,14 +119,18 @@ class _Recent:
 
     def __init__(self) -> None:
         self._count, self._before, self._now = 0, 0.0, 0.0
+        self.longest = 0.0
 
-    def add(self, seconds: float) -> float:
-        if self._count == _RECENT:
-            self._count, self._before, self._now = 0, self._now, 0.0
+    def add(self, seconds: float) -> bool:
+        """Whether `longest` has changed."""
         self._count += 1
-        if seconds > self._now:
-            self._now = seconds
-        return self._now if self._now > self._before else self._before
+        if self._count <= _RECENT and seconds <= self._now:
+            return False
+        if self._count > _RECENT:
+            self._count, self._before, self._now = 1, self._now, 0.0
+        self._now = max(self._now, seconds)
+        self.longest = max(self._now, self._before)
+        return True
 
 
 def _at(rank: int, saving: bool) -> int:

@@ -136,7 +136,7 @@ def two() -> Ranks:
 
 def test_a_board_tells_what_the_workers_say(tmp_path: Path) -> None:
     board = Board(3)
-    assert board.beat(2) == ("start", 0, 0)
+    assert board.beat(2) == ("start", 0, 0, 0)
     assert board.beat(2, saving=True).phase == "idle"
     assert board.run_directory is None
     heart = Heartbeat(board.descriptor, 2)
@@ -145,9 +145,9 @@ def test_a_board_tells_what_the_workers_say(tmp_path: Path) -> None:
     heart(Moment("save.write", 10, True))
     heart(Moment("backward", 12, False))
     assert board.run_directory == tmp_path / "a run"
-    assert board.beat(2) == ("backward", 12, 2)
-    assert board.beat(2, saving=True) == ("save.write", 10, 1)
-    assert board.beat(1) == ("start", 0, 0)
+    assert board.beat(2) == ("backward", 12, 2, 2)
+    assert board.beat(2, saving=True) == ("save.write", 10, 1, 0)
+    assert board.beat(1) == ("start", 0, 0, 0)
     assert board.longest_seconds("forward") is not None
     assert board.longest_seconds("backward") is None
     board.close()
@@ -190,6 +190,13 @@ def test_ranks_that_are_equally_far_hang_once_the_last_to_come_there_has_waited_
     two.enter(1, "backward")
     assert two.after(10) is None
     assert two.after(3) == Hang((0, 1), "backward", False, 11.0)
+
+
+def test_a_rank_that_has_more_to_do_in_a_save_is_not_taken_for_further(two: Ranks) -> None:
+    """Where training saves itself, rank 0 writes the manifest while the others are in the same phase all the time."""
+    two.enter(0, "save", "save.write", "save.manifest", "save.rename", "save", "data", "forward")
+    two.enter(1, "save", "save.write", "save", "data", "forward", "backward")
+    assert two.after(20) == Hang((0,), "forward", False, 11.0)
 
 
 def test_a_pause_of_the_supervisor_itself_is_not_held_against_workers(two: Ranks) -> None:
