@@ -7,6 +7,10 @@ model and optimizer are built; `lockstep train` of the default recipe with two w
 them begins the first step, once the evaluation before it is over; and from the death of one of them by SIGKILL until the
 last worker of the next attempt begins its first step. What workers do and when, they tell as their phases begin. Medians of
 the rounds count, and ratios are taken within a round.
+
+Beside the seconds stand those that the cores worked for it, one after the other: of the supervisor until it has started
+workers, and of the worker that took most, which has a core of its own where nothing else runs. Foreign load adds little to
+them, while it may multiply the seconds.
 """
 
 from __future__ import annotations
@@ -47,13 +51,13 @@ import os, time
 if "RANK" in os.environ and "HEARD" in os.environ:
     from distrib.phases import observe
     heard = open(os.path.join(os.environ.pop("HEARD"), f"{os.environ['RANK']}-{os.getpid()}"), "w", buffering=1)
-    observe(lambda moment: moment.saving or print(time.monotonic(), moment.phase, moment.step, file=heard))
+    observe(lambda moment: moment.saving or print(time.monotonic(), time.process_time(), moment.phase, file=heard))
 """
 
 
 class Start(NamedTuple):
-    """What a worker did until its first step: when (monotonic seconds) it began to read a checkpoint, had read it, began to
-    evaluate (None: it did not) and to take the first step's batch, and began the step."""
+    """What a worker did until its first step: when it began to read a checkpoint, had read it, began to evaluate (None: it
+    did not) and to take the first step's batch, and began the step. In seconds of the clock, or of its own work."""
 
     load: float
     loaded: float
@@ -62,13 +66,14 @@ class Start(NamedTuple):
     forward: float
 
 
-def read_start(path: Path) -> Start | None:
+def read_start(path: Path, *, work: bool) -> Start | None:
     """None while a worker has not come to its first step."""
     first: dict[str, float] = {}
     for line in path.read_text().splitlines(keepends=True):
         if not line.endswith("\n"):
             break
-        when, phase, _ = line.split()
+        clock, worked, phase = line.split()
+        when = worked if work else clock
         name = "loaded" if phase == "start" and "load" in first else phase
         first.setdefault(name, float(when))
         if name == "forward":
@@ -82,8 +87,8 @@ def time_help() -> float:
     return time.monotonic() - begun
 
 
-def time_bare(environment: Mapping[str, str]) -> float:
-    """Until the last of the processes has built model and optimizer."""
+def time_bare(environment: Mapping[str, str]) -> tuple[float, float]:
+    """Until the last of the processes has built model and optimizer; and the most that one of them worked for it."""
     recipe = load_recipe(RECIPE)
     model: Any = recipe.model
     sizes = [model.layers, model.width, model.heads, 2048, recipe.batch.global_samples, recipe.data.sequence_tokens]
@@ -100,14 +105,15 @@ def time_bare(environment: Mapping[str, str]) -> float:
         )
         for rank in range(WORKERS)
     ]  # fmt: skip
+    worked = []
     for rank in ranks:
         assert rank.stdout is not None
-        assert rank.stdout.readline() == "built\n"
+        worked.append(float(rank.stdout.readline().removeprefix("built ")))
     built = time.monotonic() - begun
     for rank in ranks:
         rank.communicate(timeout=LIMIT_SECONDS)
         assert rank.returncode == 0
-    return built
+    return built, max(worked)
 
 
 def time_train(place: Path, environment: Mapping[str, str], number: int) -> dict[str, float]:
@@ -117,13 +123,15 @@ def time_train(place: Path, environment: Mapping[str, str], number: int) -> dict
     command = [LOCKSTEP, "train", RECIPE, f"run.directory={run}", "--workers", str(WORKERS), *QUIET]
     begun = time.monotonic()
     with _started(command, place, {**environment, "HEARD": str(heard)}) as supervisor:
-        first = _wait_for_starts(heard, set())
+        _wait_until(lambda: len(list(heard.iterdir())) == WORKERS, "the workers")
+        supervisor_worked = _worked(supervisor.pid)
+        first, first_work = _wait_for_starts(heard, set())
         known = set(heard.iterdir())
         _wait_until(lambda: bool(list((run / "checkpoints").glob("step-*"))), "a checkpoint")
         [rank_one] = [path for path in known if path.name.startswith("1-")]
         killed = time.monotonic()
         os.kill(int(rank_one.name.partition("-")[2]), signal.SIGKILL)
-        again = _wait_for_starts(heard, known)
+        again, again_work = _wait_for_starts(heard, known)
         supervisor.send_signal(signal.SIGINT)
         supervisor.wait(LIMIT_SECONDS)
     evaluation = max(start.data - (start.evaluate or start.data) for start in first)
@@ -131,21 +139,30 @@ def time_train(place: Path, environment: Mapping[str, str], number: int) -> dict
     recovery = max(start.forward for start in again) - killed
     return {
         "first_step": max(start.forward for start in first) - begun - evaluation,
+        "first_step_work": supervisor_worked
+        + max(start.forward - (start.data - (start.evaluate or start.data)) for start in first_work),
         "evaluation": evaluation,
         "recovery": recovery - restore,
+        "recovery_work": max(start.forward - (start.loaded - start.load) for start in again_work),
         "restore": restore,
     }
 
 
-def _wait_for_starts(heard: Path, known: set[Path]) -> list[Start]:
-    """Of the workers that were not known before, once all of them have begun a step."""
+def _worked(pid: int) -> float:
+    """Seconds that a process has kept cores busy."""
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
-    def starts() -> list[Start]:
-        found = [read_start(path) for path in set(heard.iterdir()) - known]
+
+def _wait_for_starts(heard: Path, known: set[Path]) -> tuple[list[Start], list[Start]]:
+    """By the clock and in work, of the workers that were not known before, once all of them have begun a step."""
+
+    def starts(*, work: bool) -> list[Start]:
+        found = [read_start(path, work=work) for path in set(heard.iterdir()) - known]
         return [start for start in found if start is not None]
 
-    _wait_until(lambda: len(starts()) == WORKERS, "the first step")
-    return starts()
+    _wait_until(lambda: len(starts(work=False)) == WORKERS, "the first step")
+    return starts(work=False), starts(work=True)
 
 
 def _wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -184,6 +201,7 @@ def summarise(rounds: list[dict[str, float]]) -> dict[str, Any]:
         for name in rounds[0]
     }
     most = {"help": MOST_HELP_SECONDS, "ratio": MOST_RATIO, "recovery": MOST_RECOVERY_SECONDS}
+    most |= {"ratio_work": MOST_RATIO, "recovery_work": MOST_RECOVERY_SECONDS}
     verdicts = {name: "met" if spread[name]["median"] <= limit else "missed" for name, limit in most.items()}
     return {"rounds": rounds, "spread": spread, "targets": most, "verdicts": verdicts}
 
@@ -191,10 +209,14 @@ def summarise(rounds: list[dict[str, float]]) -> dict[str, Any]:
 MEANING = {
     "help": "`lockstep --help`, seconds",
     "bare": "bare script: imports and build, seconds",
+    "bare_work": "the same, seconds of work",
     "first_step": "`lockstep train` to the first step, seconds, without the evaluation before it",
-    "ratio": "the same over the bare script's",
+    "first_step_work": "the same, seconds of work",
+    "ratio": "`lockstep train` over the bare script, seconds",
+    "ratio_work": "the same, seconds of work",
     "evaluation": "the recipe's evaluation before the first step, seconds",
     "recovery": "from a rank's SIGKILL to the next attempt's first step, seconds, without the restore",
+    "recovery_work": "the same, seconds of work",
     "restore": "the restore, seconds",
 }
 
@@ -243,9 +265,10 @@ def main() -> None:
         subprocess.run(prepare, cwd=place, env=environment, check=True, capture_output=True)
         rounds = []
         for number in range(options.rounds):
-            bare = time_bare(environment)
+            bare, bare_work = time_bare(environment)
             train = time_train(place, environment, number)
-            rounds.append({"help": time_help(), "bare": bare, "ratio": train["first_step"] / bare, **train})
+            ratios = {"ratio": train["first_step"] / bare, "ratio_work": train["first_step_work"] / bare_work}
+            rounds.append({"help": time_help(), "bare": bare, "bare_work": bare_work, **ratios, **train})
             print(rounds[-1], file=sys.stderr, flush=True)
     summary = summarise(rounds)
     text = as_markdown(machine, summary)

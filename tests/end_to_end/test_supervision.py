@@ -232,7 +232,7 @@ def _died(run: Path, times: int) -> bool:
 def test_a_fork_that_dies_before_it_saved_begins_from_its_origin_again(
     faulty: Path, recipe: Path, tmp_path: Path
 ) -> None:
-    env = fails("kill", [0, 4], tmp_path)
+    env = fails("kill", [10**6, 4], tmp_path)
     train(faulty, "run.steps=5", env=env).succeeded()
     (tmp_path / "tried").write_text("x")
     origin = tmp_path / "run" / "checkpoints" / "step-00000005"

@@ -135,7 +135,7 @@ class AltersItsData(Plain):
 
 
 class Faulty(WithMethods):
-    """On rank FAULT_RANK, at the training forwards that FAULTS lists: by attempt, each counted within it (0: none)."""
+    """On rank FAULT_RANK, at the training forwards that FAULTS lists: by attempt, each counted within it."""
 
     forwards = 0
 
