@@ -6,14 +6,16 @@ Every contender is a process of its own (or one per rank), all of them alive at 
 run a short block of steps, A B C and then C B A. Differences and ratios are taken within a round, so that foreign load
 which lasts longer than a round cancels out; their median over all rounds of several fresh starts is what counts, with
 its bootstrap interval. Beside it stands the same number from each contender's fastest block, which ignores bursts of
-load. Tables about supervision compare two runs of this loop, and are written to a file of their own. That the contenders
-did the same work shows in the probe loss: the loss on a fixed batch after the same steps.
+load. Tables about supervision compare blocks of the same processes, with heartbeats and without, in seconds that the cores
+worked for them, and are written to a file of their own. That the contenders did the same work shows in the probe loss: the
+loss on a fixed batch after the same steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -25,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from multiprocessing.connection import Connection
@@ -94,10 +97,11 @@ class Contender:
     def wait_until_ready(self) -> None:
         self._receive()
 
-    def run_block(self, steps: int) -> float:
+    def run_block(self, steps: int, *, heartbeats: bool = False) -> float:
         """Seconds a step, of the slowest rank."""
         for connection in self._connections:
             connection.send(steps)
+            connection.send(heartbeats)
         return max(self._receive()) / steps
 
     def finish(self) -> tuple[float, float]:
@@ -130,6 +134,28 @@ class Contender:
         return answers
 
 
+class Switched:
+    """One of two contenders that are the same processes: with heartbeats, or without."""
+
+    def __init__(self, shared: Contender, name: str) -> None:
+        self.name, self._shared = name, shared
+        self.kill = shared.kill
+
+    @classmethod
+    def pair(cls, shared: Contender) -> list[Switched]:
+        pair = [cls(shared, name) for name in (FULL, SUPERVISED)]
+        ready, finish = functools.cache(shared.wait_until_ready), functools.cache(shared.finish)
+        for one in pair:
+            one.wait_until_ready, one.finish = ready, finish
+        return pair
+
+    wait_until_ready: Callable[[], None]
+    finish: Callable[[], tuple[float, float]]
+
+    def run_block(self, steps: int) -> float:
+        return self._shared.run_block(steps, heartbeats=self.name == SUPERVISED)
+
+
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -144,7 +170,11 @@ def measure(table: Table, dataset: Path, directory: Path) -> dict[str, Any]:
     os.environ["OMP_NUM_THREADS"] = str(table.threads)  # read by the contenders when they import torch
     for start in range(table.starts):
         place = directory / f"{table.size}-{table.processes}-{start}"
-        contenders = [Contender(table, name, dataset, place) for name in table.contenders]
+        contenders: Sequence[Contender | Switched]
+        if table.switched:
+            contenders = Switched.pair(Contender(table, SUPERVISED, dataset, place))
+        else:
+            contenders = [Contender(table, name, dataset, place) for name in table.contenders]
         try:
             for contender in contenders:
                 contender.wait_until_ready()

@@ -28,7 +28,7 @@ from data.stream import Stream
 from distrib.engine import Engine, EngineSetup
 from distrib.engines import make_engine
 from distrib.initialisation import make_initialised_model
-from distrib.phases import observe
+from distrib.phases import Moment, observe
 from distrib.world import World, join_world, leave_world
 from launch.attempt import Attempt
 from launch.config import RunConfig
@@ -92,8 +92,13 @@ class Table:
     @property
     def title(self) -> str:
         processes = "1 process" if self.processes == 1 else f"{self.processes} processes, gloo,"
-        supervision = ", supervision" if SUPERVISED in self.contenders else ""
+        supervision = ", supervision, by seconds of work" if self.switched else ""
         return f"{processes} x {self.threads} thread(s), {self.size} model{supervision}"
+
+    @property
+    def switched(self) -> bool:
+        """Whether its contenders are the same processes, with and without heartbeats."""
+        return SUPERVISED in self.contenders
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,9 @@ def run_contender(connection: Connection, job: Job) -> None:
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job.port),
         )  # fmt: skip
     if job.board is not None:
-        observe(Heartbeat(os.open(f"/proc/{os.getppid()}/fd/{job.board}", os.O_RDWR), job.rank))
+        _switch.heartbeat = Heartbeat(os.open(f"/proc/{os.getppid()}/fd/{job.board}", os.O_RDWR), job.rank)
+        _switch.clock = time.process_time
+        observe(_switch)
     torch.set_num_threads(job.table.threads)
     config = _config(job)
     materials = open_materials(config, {"": LocalStore(job.dataset)})
@@ -129,17 +136,34 @@ def run_contender(connection: Connection, job: Job) -> None:
     leave_world(world)
 
 
+class _Switch:
+    """Heartbeats that are on or off from block to block."""
+
+    def __init__(self) -> None:
+        self.heartbeat: Heartbeat | None = None
+        self.on = False
+        self.clock = time.perf_counter
+
+    def __call__(self, moment: Moment) -> None:
+        if self.on and self.heartbeat is not None:
+            self.heartbeat(moment)
+
+
+_switch = _Switch()
+
+
 def _gated(connection: Connection, batches: Iterator[Any]) -> Iterator[Any]:
-    """The batches, in blocks of as many as the gate says, until it says 0.
+    """The batches, in blocks of as many as the gate says, with or without heartbeats, until it says 0.
 
     A block's time runs from its first fetch until the loop asks for the batch after its last, so nothing of the loop is
     left out and waiting at the gate is not counted.
     """
     connection.send("ready")
     while steps := connection.recv():
-        begun = time.perf_counter()
+        _switch.on = connection.recv()
+        begun = _switch.clock()
         yield from islice(batches, steps)
-        connection.send(time.perf_counter() - begun)
+        connection.send(_switch.clock() - begun)
 
 
 def _config(job: Job) -> RunConfig:

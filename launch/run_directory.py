@@ -110,8 +110,10 @@ def _holds_other_run(directory: Path, checkpoint: Path) -> bool:
     if not (directory / "run.json").exists() or directory.resolve() == checkpoint.parent.parent.resolve():
         return False
     attempts = json.loads((directory / "run.json").read_text())["attempts"]
-    origins = {Path(attempt["resumed_from"]).resolve() for attempt in attempts if attempt["resumed_from"]}
-    return origins != {checkpoint.resolve()} or ever_checkpointed(directory)
+    origins = {attempt.get("resumed_from") for attempt in attempts}
+    return {Path(origin).resolve() for origin in origins if origin} != {checkpoint.resolve()} or ever_checkpointed(
+        directory
+    )
 
 
 def claim(config: RunConfig, resume: Resume, *, restarted: bool = False) -> RunDirectory:

@@ -30,3 +30,14 @@ def test_a_quick_run_on_two_processes_writes_its_tables(tmp_path: Path) -> None:
     text = (tmp_path / "step.md").read_text()
     assert table["title"] in text
     assert all(f"| `{name}` |" in text for name in contenders)
+
+
+@pytest.mark.long
+def test_supervision_has_a_table_of_its_own(tmp_path: Path) -> None:
+    options = ["--only", "supervision", "--processes", "1", "--quick", "--output", str(tmp_path)]
+    finished = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stderr
+    (table,) = json.loads((tmp_path / "step-supervision.json").read_text())["tables"]
+    assert set(table["contenders"]) == {"full", "supervised"}
+    assert table["contenders"]["supervised"]["target"]["most"] == 1.01
+    assert "ratio to full" in (tmp_path / "step-supervision.md").read_text()
