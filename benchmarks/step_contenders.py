@@ -31,6 +31,7 @@ from distrib.initialisation import make_initialised_model
 from distrib.phases import Moment, observe
 from distrib.world import World, join_world, leave_world
 from launch.attempt import Attempt
+from launch.clock import Clock
 from launch.config import RunConfig
 from launch.console import Progress
 from launch.feed import make_feed
@@ -272,10 +273,12 @@ def _attempt(job: Job, config: RunConfig, materials: Materials, world: World, en
     run = RunDirectory(job.directory, {"name": "benchmark", "attempts": [{}], "wandb_run_id": "none"})
     (run.path / "logs").mkdir(parents=True, exist_ok=True)
     start_logging(run.path, world.rank)
+    clock = Clock(sees_waiting=world.size > 1)
     attempt = Attempt(
-        config, world, run, materials, engine, plan, Ledger(), StopRequest(), make_feed(config, materials, world)
+        config, world, run, materials, engine, plan, Ledger(), StopRequest(), make_feed(config, materials, world), clock
     )
     if job.contender in (FULL, SUPERVISED) and world.rank == 0:
+        observe(clock.hear)
         attempt.stop.watch(run.stop_file)
         attempt.progress = Progress("lines", config.run.steps, 1, materials.item_name, stream=io.StringIO())
         attempt.tracking = Tracking(

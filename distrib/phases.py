@@ -21,12 +21,12 @@ Phase = Literal[
     "step",  # the optimizer's update
     "report",  # reading the numbers of the step before, which waits for the device and the other ranks
     "evaluate",
-    "save",  # training waits for a checkpoint: for the copy of the state, or for the save before it
+    "save",  # training waits for a checkpoint: for the copy of the state, for the save before it, or for the last one
     "save.write",  # these three are the saving thread's, or of the one that trains where it saves itself
     "save.manifest",
     "save.rename",
     "idle",  # the saving thread between saves
-    "end",  # after the last step: the last save, the summary, leaving the world
+    "end",  # after the last step and the last save: the summary, leaving the world
 ]
 
 

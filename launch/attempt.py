@@ -16,6 +16,7 @@ from distrib.engine import Engine
 from distrib.phases import enter
 from distrib.saving import SaveOutcome, Saver
 from distrib.world import World
+from launch.clock import Clock
 from launch.config import RunConfig
 from launch.console import Progress
 from launch.ending import Ending
@@ -49,6 +50,7 @@ class Attempt:
     ledger: Ledger
     stop: StopRequest
     feed: Feed
+    clock: Clock
     progress: Progress | None = None
     tracking: Tracking | None = None
     resumed_from: Path | None = None
@@ -185,7 +187,7 @@ class Attempt:
     def _track(self, record: dict[str, Any]) -> None:
         assert self.tracking is not None
         try:
-            self.tracking.log(record)
+            self.tracking.log(record | {"clock": self.clock.read()})
         except ValueError as error:
             # metrics.jsonl is the truth about the run: without it the run must not go on.
             raise RunEnded(str(error), DO_NOT_RESTART) from None

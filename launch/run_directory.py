@@ -163,6 +163,21 @@ def begin_attempt(run: RunDirectory, **facts: Any) -> None:
     run.write_json("run.json", run.identity)
 
 
+def put_end_on_record(path: Path, attempt: int, ended: float) -> None:
+    """Says in run.json when an attempt's last worker ended, in seconds since 1970; for who started the workers."""
+    with (path / "run.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return  # somebody else goes on with the run already, and that attempt's beginning is as good
+        identity = json.loads((path / "run.json").read_text())
+        identity["attempts"][attempt - 1]["time"]["ended"] = round(ended, 6)
+        try:
+            write_durably(path / "run.json", json.dumps(identity, indent=2).encode() + b"\n")
+        except OSError as error:
+            print(f"lockstep: warning: {path / 'run.json'}: cannot be written ({error.strerror})", file=sys.stderr)
+
+
 def ever_checkpointed(path: Path) -> bool:
     """Whether a checkpoint was ever published in this run, good or not."""
     checkpoints = path / "checkpoints"

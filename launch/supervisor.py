@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from distrib.manifest import published_checkpoints, write_durably
+from launch.clock import process_began
 from launch.config import RunConfig
 from launch.exit_codes import DO_NOT_RESTART, DONE, FAILED, STOPPED_EARLY, USAGE
 from launch.hangs import Limits
 from launch.post_mortem import POST_MORTEM_FILE, read_post_mortem, write_post_mortem
 from launch.restarts import Again, Death, GiveUp, Restarts
-from launch.run_directory import OUTCOME_FILE, STOP_FILE, Resume
+from launch.run_directory import OUTCOME_FILE, STOP_FILE, Resume, put_end_on_record
 from launch.stop_signals import StopSignals
 from launch.worker_group import AttemptEnd, Worker, WorkerGroup
 
@@ -64,17 +65,20 @@ class _Supervision:
         self._restarts = Restarts(config.run.max_restarts, config.run.restart_backoff_seconds, newest)
 
     def run(self) -> int:
-        number = 0
+        number, launched = 0, process_began()
         while True:
             attempt_begun = time.time()
             attempts_before = self._attempts()
-            group = WorkerGroup(self._command(), self._workers, self._limits, number)
+            group = WorkerGroup(self._command(), self._workers, self._limits, number, launched)
             try:
                 end = group.wait(self._signals)
             finally:
                 group.kill()
                 group.close()
             self._directory = end.run_directory or self._directory
+            attempt = self._attempts() if self._attempts() > attempts_before else None
+            if self._directory is not None and attempt is not None:
+                put_end_on_record(self._directory, attempt, time.time())
             code = _run_exit_code(end.codes)
             if code in (DONE, STOPPED_EARLY):
                 return code
@@ -82,7 +86,6 @@ class _Supervision:
                 return FAILED
             if code == USAGE:
                 return USAGE
-            attempt = self._attempts() if self._attempts() > attempts_before else None
             death = self._establish(end, attempt, attempt_begun, number)
             if code == DO_NOT_RESTART:
                 return DO_NOT_RESTART
@@ -94,7 +97,7 @@ class _Supervision:
                 return self._give_up(death, verdict, attempt_begun)
             if self._stopped_before(death, verdict):
                 return STOPPED_EARLY
-            number += 1
+            number, launched = number + 1, time.monotonic_ns()
 
     def _command(self) -> list[str]:
         """The workers' arguments: as given at first, then to go on from the newest checkpoint of this supervision."""

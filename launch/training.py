@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import platform
@@ -18,10 +19,11 @@ from distrib.checkpoint import Checkpoint, load_tensors, newest_good_checkpoint,
 from distrib.engine import CanonicalState, EngineSetup
 from distrib.engines import make_engine
 from distrib.manifest import remove_temporaries, write_durably
-from distrib.phases import enter, hold
+from distrib.phases import enter, hold, observe
 from distrib.world import World
 from launch import loop
 from launch.attempt import Attempt
+from launch.clock import Clock
 from launch.config import RunConfig
 from launch.console import Progress
 from launch.ending import Ending, ending_of_failure, ending_of_run, leave_post_mortem, write_outcome
@@ -47,6 +49,7 @@ from launch.stopping import StopRequest
 from launch.summary import tell_summary
 from launch.supervised import Supervised
 from launch.together import on_rank_zero, together
+from launch.tracking.metrics_file import END_KEY, MetricsFile
 from launch.tracking.tracking import Tracking
 from launch.worker_log import start_logging
 from models.flops import FLOP_CONVENTION, peak_flops, training_flops_per_sample
@@ -69,6 +72,9 @@ def run_attempt(
     Raises what ended the attempt early, after `outcome.json` and `post-mortem.json` say so.
     """
     begun = time.monotonic()
+    clock = Clock(sees_waiting=world.size > 1 and world.device.type == "cpu")
+    if world.rank == 0:
+        observe(clock.hear)
     on_rank_zero(world, lambda: open_streams(config.data))
     materials = together(world, lambda: open_materials(config, open_streams(config.data)))
     restarted = supervised is not None and supervised.restarts > 0
@@ -80,7 +86,7 @@ def run_attempt(
     start_logging(run.path, world.rank)
     attempt: Attempt | None = None
     try:
-        attempt = together(world, lambda: _set_up(config, world, run, materials, stop))
+        attempt = together(world, lambda: _set_up(config, world, run, materials, stop, clock))
         _resume(attempt, resume, allow_change=allow_change)
         nodes = len({*world.gather_objects(platform.node())})
         data_lines = together(world, lambda: _check_plan(attempt, nodes))
@@ -105,7 +111,9 @@ def run_attempt(
     return ending, run
 
 
-def _set_up(config: RunConfig, world: World, run: RunDirectory, materials: Materials, stop: StopRequest) -> Attempt:
+def _set_up(
+    config: RunConfig, world: World, run: RunDirectory, materials: Materials, stop: StopRequest, clock: Clock
+) -> Attempt:
     """Builds model and engine, and the plan of a run that starts afresh."""
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -123,7 +131,7 @@ def _set_up(config: RunConfig, world: World, run: RunDirectory, materials: Mater
     )
     plan = Plan.of([segment_of(config, materials.sources)])
     feed = make_feed(config, materials, world)
-    return Attempt(config, world, run, materials, engine, plan, Ledger(), stop, feed)
+    return Attempt(config, world, run, materials, engine, plan, Ledger(), stop, feed, clock)
 
 
 def _resume(attempt: Attempt, resume: Resume, *, allow_change: bool) -> None:
@@ -224,6 +232,7 @@ def _begin(attempt: Attempt) -> None:
                 name: {"directory": _lasting(dataset.address), "fingerprint": dataset.fingerprint}
                 for name, dataset in attempt.materials.training.items()
             },
+            time=attempt.clock.stamps(),
         )
         # After run.json: until this attempt's plan is there, the one before still tells all steps that count.
         write_durably(run.path / PLAN_FILE, plan_file_bytes(attempt.plan))
@@ -275,8 +284,9 @@ def _train(attempt: Attempt) -> None:
     done = ledger.step == config.run.steps
     if done and attempt.evaluated_step != ledger.step:
         attempt.evaluate()
-    enter("end", ledger.step)
+    enter("save", ledger.step)
     attempt.finish_save()
+    enter("end")
     if done and attempt.save_failure is None:
         tell_summary(attempt)
 
@@ -351,3 +361,15 @@ def _close(attempt: Attempt | None) -> None:
         attempt.progress.close()
     if attempt is not None and attempt.tracking is not None:
         attempt.tracking.close()
+        _write_last_line(attempt)
+
+
+def _write_last_line(attempt: Attempt) -> None:
+    """Tells when the attempt ended, and what it did until then."""
+    record = {"step": attempt.ledger.step, "attempt": attempt.run.attempt, END_KEY: True}
+    try:
+        # Opened anew: what made the attempt fail may have torn a line.
+        with contextlib.closing(MetricsFile(attempt.run.path)) as file:
+            file.append(record | {"clock": attempt.clock.read()})
+    except ValueError as error:
+        log.warning("the account of the run's time ends with the line before: %s", error)

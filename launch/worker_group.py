@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launch.clock import LAUNCHED
 from launch.exit_codes import DONE, STOPPED_EARLY
 from launch.hangs import Hang, HangWatch, Limits, find_cause
 from launch.heartbeats import Beat, Board
@@ -71,14 +72,17 @@ class AttemptEnd:
 class WorkerGroup:
     """The workers of one attempt."""
 
-    def __init__(self, arguments: Sequence[str], workers: int, limits: Limits | None, restarts: int) -> None:
+    def __init__(
+        self, arguments: Sequence[str], workers: int, limits: Limits | None, restarts: int, launched: int
+    ) -> None:
+        """launched: when the work on this attempt began, in nanoseconds of the monotonic clock."""
         self._board = Board(workers)
         self._watch = HangWatch(self._board, limits) if limits is not None else None
         port = _free_port()
         # Workers inherit the block and lift it once they listen: a request to stop is heard, however early it comes.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [*STOP_SIGNALS, STACKS_SIGNAL])
         try:
-            self.workers = [self._start(arguments, rank, workers, port, restarts) for rank in range(workers)]
+            self.workers = [self._start(arguments, rank, workers, port, restarts, launched) for rank in range(workers)]
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._failed: list[Worker] = []
@@ -128,7 +132,9 @@ class WorkerGroup:
         for worker in self.workers:
             os.close(worker.stacks)
 
-    def _start(self, arguments: Sequence[str], rank: int, workers: int, port: int, restarts: int) -> Worker:
+    def _start(
+        self, arguments: Sequence[str], rank: int, workers: int, port: int, restarts: int, launched: int
+    ) -> Worker:
         stacks = os.memfd_create(f"lockstep-stacks-{rank}")
         environment = {
             **os.environ,
@@ -139,6 +145,7 @@ class WorkerGroup:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            LAUNCHED: str(launched),
             SUPERVISOR: f"{os.getpid()} {self._board.descriptor} {stacks} {restarts}",
         }
         # The workers share the cores; without this each would start a thread for every one of them.

@@ -13,6 +13,8 @@ FILE_NAME = "metrics.jsonl"
 _TAIL_BYTES = 65536
 STALL_KEY = "checkpoint_stall_seconds"
 """In a line of its own for every save: how long training waited for it, and for the one before to be written."""
+END_KEY = "ended"
+"""In the last line of an attempt that could say so itself."""
 
 
 class MetricsFile:
@@ -78,19 +80,25 @@ def read_step_lines(run_directory: Path) -> Iterator[tuple[int, dict[str, Any]]]
 
 
 def last_record(run_directory: Path) -> dict[str, Any] | None:
-    """The last whole line, of whatever kind; None where there is none."""
+    """The last whole line that tells what was measured; None where there is none."""
     path = run_directory / FILE_NAME
     if not path.exists():
         return None
     with path.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
         lines = file.read().splitlines()
-    return next((record for line in reversed(lines) if (record := _parse(line)) is not None), None)
+    records = (_parse(line) for line in reversed(lines))
+    return next((record for record in records if record is not None and END_KEY not in record), None)
+
+
+def read_all_lines(run_directory: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every record of any kind with the number of its line, in the order of the file; read as `read_step_lines` reads."""
+    return ((number, record) for number, _, record in _lines(run_directory))
 
 
 def _last_lines(run_directory: Path) -> dict[str, list[dict[str, Any]]]:
-    """Of each kind of record (step, evaluation, stall) the last line of every step, sorted by step."""
-    kinds: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "evaluation": {}, "stall": {}}
+    """Of each kind of record (step, evaluation, stall, end) the last line of every step, sorted by step."""
+    kinds: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "evaluation": {}, "stall": {}, "end": {}}
     for _, kind, record in _lines(run_directory):
         kinds[kind][record["step"]] = record
     return {kind: [records[step] for step in sorted(records)] for kind, records in kinds.items()}
@@ -111,7 +119,14 @@ def _lines(run_directory: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
                     f"{path}: line {number} is not a JSON object with a whole-number `step`; "
                     "restore the file or delete that line"
                 )
-            yield number, "evaluation" if "evaluation" in record else "stall" if STALL_KEY in record else "step", record
+            yield number, _kind(record), record
+
+
+def _kind(record: dict[str, Any]) -> str:
+    for kind, key in (("evaluation", "evaluation"), ("stall", STALL_KEY), ("end", END_KEY)):
+        if key in record:
+            return kind
+    return "step"
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -145,7 +145,7 @@ def test_the_directory_holds_what_is_promised(learned_gpt: Path) -> None:
     records = read_metrics(learned_gpt)[0]
     keys = {
         "step", "attempt", "samples", "tokens", "loss", "lr", "gradient_norm", "step_seconds", "data_wait_seconds",
-        "items_per_second", "mfu", "peak_memory_bytes", "skipped", "digest",
+        "items_per_second", "mfu", "peak_memory_bytes", "skipped", "digest", "clock",
     }  # fmt: skip
     assert all(set(record) == keys for record in records)
     assert [record["step"] for record in records] == list(range(1, 151))

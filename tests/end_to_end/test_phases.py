@@ -51,7 +51,7 @@ def test_a_run_says_what_it_does(recipe: Path, tmp_path: Path, beside: bool) -> 
             *((phase, 2) for phase in STEP),
             ("data", 3), ("report", 3), ("save", 3),
             *(() if beside else ((phase, 3) for phase in [*saves, "save"])),
-            ("evaluate", 3), ("end", 3),
+            ("evaluate", 3), ("save", 3), ("end", 3),
         ]  # fmt: skip
         assert [(moment.phase, moment.step) for moment in moments if not moment.saving] == wanted
         saving = [(moment.phase, moment.step) for moment in moments if moment.saving]
