@@ -82,6 +82,15 @@ def _make_parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run")
     report.set_defaults(run=_report)
 
+    goodput = commands.add_parser(
+        "goodput",
+        allow_abbrev=False,
+        help="where every second of a run went, over all its attempts",
+        description="Where every second of a run went, over all its attempts, and how many were spent in steps that counted.",
+    )
+    goodput.add_argument("run_directory", type=Path, metavar="RUN")
+    goodput.set_defaults(run=_goodput)
+
     engines = commands.add_parser(
         "engines",
         allow_abbrev=False,
@@ -396,6 +405,13 @@ def _report(arguments: argparse.Namespace) -> int:
     from launch.report import build_report
 
     print(build_report(arguments.run_directories, arguments.out))
+    return 0
+
+
+def _goodput(arguments: argparse.Namespace) -> int:
+    from launch.goodput import show_goodput
+
+    print(show_goodput(arguments.run_directory))
     return 0
 
 

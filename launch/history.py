@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -25,6 +25,40 @@ class DatasetPlace(BaseModel):
     fingerprint: str
 
 
+class ClockReading(BaseModel):
+    """A worker's clock, as `launch.clock` reads it."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    at: float = Field(ge=0)
+    phases: dict[str, Annotated[float, Field(ge=0)]]
+    waiting: float | None = Field(default=None, ge=0)
+
+
+class BatchJob(BaseModel):
+    """The job that an attempt ran in, as `launch.batch_job` tells it."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    submitted: float | None
+    eligible: float | None
+    began: float | None
+
+
+class AttemptTime(BaseModel):
+    """When an attempt began and ended, in seconds since 1970."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    launched: float
+    process_began: float
+    job: BatchJob | None
+    clock: ClockReading
+    """At its beginning."""
+    ended: float | None = None
+    """When its launcher saw its last worker end; None where the launcher ended first, or is not ours."""
+
+
 class AttemptRecord(BaseModel):
     """An attempt, as run.json has it from before its first step."""
 
@@ -40,6 +74,7 @@ class AttemptRecord(BaseModel):
     resumed_from_step: int | None = Field(ge=0, lt=1 << 62)
     resumed_from_position: int | None = Field(ge=0, lt=1 << 62)
     resumed_from_digest: str | None = Field(pattern=r"^[0-9a-f]{32}$")
+    time: AttemptTime | None = None
 
     @model_validator(mode="after")
     def _resumed_wholly_or_not_at_all(self) -> AttemptRecord:

@@ -15,7 +15,9 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from launch.exit_codes import DO_NOT_RESTART, DONE, STOPPED_EARLY
+from launch.goodput import Account, account_of
 from launch.report_curves import BUCKETS, SERIES_COLOURS, Chart, Curve, column, draw, scientific, short
+from launch.report_time import describe_time
 from launch.tracking.metrics_file import STALL_KEY, read_checkpoint_stalls, read_metrics
 
 # What a page shows of long lists and texts; the rest is in the run's files, and the page says so.
@@ -37,6 +39,7 @@ class Run:
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     checkpoint_stalls: list[dict[str, Any]]
+    account: Account | None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -85,8 +88,17 @@ def _read_run(directory: Path) -> Run:
         steps=steps,
         evaluations=evaluations,
         checkpoint_stalls=read_checkpoint_stalls(directory),
+        account=_read_account(directory, notes),
         notes=notes,
     )
+
+
+def _read_account(directory: Path, notes: list[str]) -> Account | None:
+    try:
+        return account_of(directory)
+    except ValueError as error:
+        notes.append(f"Where its time went cannot be told: {error}.")
+        return None
 
 
 def _read_text(path: Path, notes: list[str]) -> str:
@@ -173,6 +185,9 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
         total, count = float(np.nansum(stalls)), len(stalls)
         share = f"{total / (total + np.nansum(seconds)):.1%} of the time in steps and saves"
         facts.append(("Waited for checkpoints", duration(total), f"{count} save{'s' if count > 1 else ''}, {share}"))
+    if run.account is not None:
+        of = f"of {duration(run.account.total)} was spent in steps that counted"
+        facts.append(("Goodput", f"{run.account.goodput:.1%}", of))
     memory = column(run.steps, "peak_memory_bytes")
     if np.isfinite(memory).any():
         facts.append(("Peak memory", f"{np.nanmax(memory) / 2**30:.2f} GiB", "rank 0"))
@@ -378,6 +393,7 @@ def _describe(index: int, run: Run) -> dict[str, Any]:
         "facts": _facts(run),
         "digest": run.steps[-1].get("digest") if run.steps else None,
         "attempts": run.attempts,
+        "time": describe_time(run.account),
         "evaluation_names": names,
         "evaluation_rows": rows,
         "evaluations": len(run.evaluations),

@@ -63,6 +63,15 @@ class Slow(Plain):
         return super().forward(tokens)
 
 
+class Late(Plain):
+    """On rank 1 each micro-batch of training takes 50 milliseconds more."""
+
+    def forward(self, tokens):
+        if self.training and not tokens.is_meta and os.environ.get("RANK") == "1":
+            time.sleep(0.05)
+        return super().forward(tokens)
+
+
 class Broken(Plain):
     """Has a mistake."""
 
@@ -184,6 +193,10 @@ def build_hungry(shape):
 
 def build_slow(shape):
     return Slow(shape.vocabulary_size, 16)
+
+
+def build_late(shape):
+    return Late(shape.vocabulary_size, 16)
 
 
 def build_poisoned(shape):

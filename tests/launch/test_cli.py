@@ -64,6 +64,7 @@ def test_the_command_and_a_bad_recipe_import_no_torch(tmp_path: Path) -> None:
         (["evaluate", "nowhere"], "nowhere: not a run"),
         (["generate", "nowhere"], "nowhere: not a run"),
         (["report", "nowhere"], "nowhere"),
+        (["goodput", "nowhere"], "nowhere: not a run"),
         (["checkpoint"], "ACTION"),
         (["checkpoint", "export", "nowhere"], "--out"),
         (["fly"], "invalid choice: 'fly'"),

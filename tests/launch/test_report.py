@@ -14,6 +14,7 @@ import yaml
 
 from launch.report import build_report, duration
 from launch.report_curves import BUCKETS, Chart, Curve, decimate, draw, scientific, short
+from tests.launch.simulated_run import Simulated
 
 
 def step_line(step: int, attempt: int, **changes: Any) -> dict[str, Any]:
@@ -66,6 +67,19 @@ def make_run(directory: Path, name: str = "gpt-tiny", steps: int = 60, lr: float
     return directory
 
 
+def make_timed_run(directory: Path) -> Path:
+    """A run whose first attempt hung after step 3, which was done for nothing; the second did 2 steps."""
+    run = Simulated()
+    run.begin(8.0)
+    for _ in range(3):
+        run.train(0.0, 10.0, 2.0, 0.0, 1.0)
+    run.begin(4.0, back=1, before=15.0, died=6.0)
+    for _ in range(2):
+        run.train(0.0, 10.0, 2.0, 0.0, 1.0)
+    run.lines = [step_line(line["step"], line["attempt"]) | line if "loss" in line else line for line in run.lines]
+    return run.put(make_run(directory))
+
+
 class Page(HTMLParser):
     """What a reader sees, and whether tags nest and ids are unique."""
 
@@ -105,6 +119,28 @@ class Page(HTMLParser):
 def figures(page: Page) -> dict[str, str]:
     found = re.findall(r"<figcaption>(.*?)</figcaption>\s*(<svg.*?</svg>)", page.html, flags=re.DOTALL)
     return dict(found)
+
+
+def test_the_time_of_a_run_is_told_by_attempt_and_kind(tmp_path: Path) -> None:
+    page = Page(build_report([make_timed_run(tmp_path / "run")]))
+    for expected in (
+        "Goodput 49.0% of 1 min 38 s was spent in steps that counted",
+        "Attempt start compute communication save lost between all "
+        "1 8.00 20.00 4.00 2.00 19.00 0.00 53.00 2 4.00 20.00 4.00 2.00 0.00 15.00 45.00 "
+        "all 12.00 40.00 8.00 4.00 19.00 15.00 98.00 share 12.2% 40.8% 8.2% 4.1% 19.4% 15.3% 100.0%",
+        "lost steps that a later attempt did again",
+        "1 step was done again by a later attempt.",
+    ):
+        assert expected in page.text, page.text
+    widths = [float(width) for width in re.findall(r'<rect class="t-\w+" x="[\d.]+" width="([\d.]+)"', page.html)]
+    assert widths == pytest.approx([122.449, 408.163, 81.633, 40.816, 193.878, 153.061], abs=0.001)
+    assert set(re.findall(r'<rect class="(t-\w+)"', page.html)) <= set(re.findall(r"\.(t-\w+) \{", page.html))
+
+
+def test_a_run_without_a_clock_says_so(tmp_path: Path) -> None:
+    page = Page(build_report([make_run(tmp_path / "run")]))
+    assert "Where its time went cannot be told" in page.text
+    assert "Goodput" not in page.text
 
 
 def test_a_run_is_told_whole(tmp_path: Path) -> None:
