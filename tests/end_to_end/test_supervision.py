@@ -15,6 +15,7 @@ import pytest
 from tests.end_to_end.runs import (
     LOCKSTEP,
     Result,
+    WarmProcess,
     checkpoints,
     final_bytes,
     history,
@@ -276,3 +277,18 @@ def test_ctrl_c_asks_first_and_then_ends_at_once_even_a_stuck_rank(faulty: Path,
         process.communicate(timeout=30)
     assert process.returncode == 1
     assert len(attempts(tmp_path / "run")) == 1
+
+
+def test_a_worker_that_another_launcher_started_says_itself_of_what_it_died(
+    warm: WarmProcess, recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    values = recipe_values()
+    values["model"] = {"kind": "own_package.models_of_mine:build_broken"}
+    recipe = write_recipe(tmp_path / "broken.yaml", values)
+    env = clean_environment(PYTHONPATH=str(write_user_package(tmp_path / "mine")))
+    assert warm.worker(recipe, "run.directory=run", cwd=tmp_path, env=env).code == 1
+    died = read_json(tmp_path / "run" / "post-mortem.json")
+    assert (died["rank"], died["cause"], died["phase"], died["step"]) == (0, "exception", "start", 0)
+    assert died["exception"]["type"] == "AttributeError"
+    assert died["exception"]["frames"][-1].endswith("in forward")
+    assert died["last_metrics"] is None
