@@ -252,6 +252,7 @@ def _run_lockstep(job: Job, config: RunConfig, materials: Materials, world: Worl
     )
     attempt = _attempt(job, config, materials, world, engine, plan)
     record: Callable[[dict[str, Any]], None] = attempt.record if job.contender in (FULL, SUPERVISED) else _ignore
+    vitals = attempt.health.vitals if job.contender in (FULL, SUPERVISED) else _no_vitals
     try:
         train(
             engine,
@@ -260,7 +261,7 @@ def _run_lockstep(job: Job, config: RunConfig, materials: Materials, world: Worl
             world=world,
             meter=Meter(world.device, flops_per_item=None, peak_flops=None, ranks=world.data_size),
             intervals=Intervals(save_every_steps=None, evaluate_every_steps=None),
-            hooks=Hooks(record, lambda: None, lambda: None, attempt.stop.asked),
+            hooks=Hooks(record, lambda: None, lambda: None, attempt.stop.asked, vitals),
         )
     finally:
         stream.close()
@@ -289,6 +290,10 @@ def _attempt(job: Job, config: RunConfig, materials: Materials, world: World, en
 
 def _ignore(record: dict[str, Any]) -> None:
     """What tracking that is off does with a step."""
+
+
+def _no_vitals() -> None:
+    """What health that is off tells the other ranks."""
 
 
 @torch.no_grad()

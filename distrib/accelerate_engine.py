@@ -12,6 +12,7 @@ import torch
 
 from distrib.accelerator import make_accelerator
 from distrib.blocks import prepare_blocks
+from distrib.copies import Copies, whole_copies
 from distrib.engine import CanonicalState, EngineSetup, MicroBatch
 from distrib.engine_base import EngineBase
 from distrib.gradients import leave_out
@@ -61,6 +62,9 @@ class AccelerateEngine(EngineBase):
             with quiet_ddp():
                 self._forward_module = self._accelerator.prepare_model(self._module)
         self._module.zero_grad()
+
+    def copies(self) -> Copies | None:
+        return whole_copies(self._module, self._optimizer) if self.world.size > 1 else None
 
     def canonical_state(self) -> CanonicalState:
         self._share_buffers()

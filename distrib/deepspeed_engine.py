@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from distrib.blocks import prepare_blocks
+from distrib.copies import Copies, whole_copies
 from distrib.deepspeed_config import make_deepspeed_config
 from distrib.deepspeed_library import ending_of, load_deepspeed
 from distrib.deepspeed_state import ShardedState
@@ -65,6 +66,8 @@ class DeepSpeedEngine(EngineBase):
         if self._zero_stage:
             self._sharded = ShardedState(self._module, self._engine.optimizer, self._zero_stage, setup.optimizer)
         self._reduce_at_end = False
+        if self._zero_stage == 3:
+            self.pace.unknown_because = "DeepSpeed waits for weights of other ranks all over the forward pass"
 
     @property
     def parameter_count(self) -> int:
@@ -82,6 +85,15 @@ class DeepSpeedEngine(EngineBase):
             # Stages 1 and 2 fill their buckets with the gradients that a rank has, in the order in which they come. Where
             # some parameter has none, ranks may disagree: then all are filled up, and sent in the order of the parameters.
             self._reduce_at_end = self._zero_stage in (1, 2) and len(used) < len(self._parameters)
+
+    def copies(self) -> Copies | None:
+        if self.world.size == 1 or self._zero_stage == 3:
+            return None
+        if not self._zero_stage:
+            return whole_copies(self._module, self._optimizer)
+        # The optimizer's state, and the weights that it updates, are spread; those of the forward pass are everywhere.
+        weights = {f"model.{name}": parameter.detach() for name, parameter in self._module.named_parameters()}
+        return Copies(weights, shards=1)
 
     def canonical_state(self) -> CanonicalState:
         """At stages 1 to 3 every rank holds copies of the whole state, in host memory."""

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from distrib.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from distrib.copies import Copies
+from distrib.pace import Pace
 from distrib.world import World
 
 
@@ -107,6 +109,10 @@ class Engine(Protocol):
     def world(self) -> World: ...
     @property
     def steps_done(self) -> int: ...
+    @property
+    def pace(self) -> Pace:
+        """The time of forward passes that this rank needs for itself."""
+        ...
 
     def dry_run(self, micro_batch: MicroBatch) -> None:
         """Forward, backward and communication of one micro-batch, with nothing kept: memory and compile errors come before
@@ -119,6 +125,10 @@ class Engine(Protocol):
 
     def evaluate(self, function: EvaluationFunction, micro_batches: Iterable[MicroBatch]) -> dict[str, torch.Tensor]:
         """Sums of `function` over all micro-batches and ranks, with the model in evaluation mode; disturbs nothing."""
+        ...
+
+    def copies(self) -> Copies | None:
+        """What other ranks must hold just as this one does after every step; None where there is nothing such."""
         ...
 
     def canonical_state(self) -> CanonicalState:

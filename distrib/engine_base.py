@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distrib.copies import Copies
 from distrib.engine import EngineSetup, EvaluationFunction, MicroBatch, StepResult
 from distrib.gradients import clip_gradients
 from distrib.keys import key64
 from distrib.loss_scaling import LossScaler
 from distrib.optimizer import set_learning_rate, set_updates_done, updates_done
+from distrib.pace import Pace
 from distrib.phases import enter
 from distrib.schedule import learning_rate
 
@@ -45,6 +47,9 @@ class EngineBase(ABC):
         self._autocast_dtype = _AUTOCAST_DTYPES[setup.parallel.precision]
         self._scaler = LossScaler(setup.world.device) if setup.parallel.precision == "fp16" else None
         self.steps_done = 0
+        self._running_statistics: list[torch.Tensor] = []
+        """The buffers that a training forward pass alters; known from the dry run on."""
+        self.pace = Pace(setup.world.device)
         self._stream_losses: list[torch.Tensor] = []
         if setup.world.device.type == "cuda":
             # PyTorch would convolve in TF32, which rounds to 10 bits, without being asked.
@@ -62,10 +67,12 @@ class EngineBase(ABC):
         # The sum of losses over the global batch, divided by its items (law 2). Whatever sums the gradients divides them by
         # the number of ranks: multiply by it first.
         self._stream_losses = []
+        statistics = [buffer.clone() for buffer in self._running_statistics]
         losses = self._accumulate(micro_batches, scale=self.world.data_size / items)
         lr = learning_rate(self._schedule, self._peak_lr, self.steps_done, self._steps)
         set_learning_rate(self._optimizer, lr)
         norm, skipped = self._update()
+        self._take_back(statistics, skipped)
         if self._scaler is not None:
             self._scaler.update(skipped)
         self.steps_done += 1
@@ -84,6 +91,9 @@ class EngineBase(ABC):
     def _forward_backward(self, micro_batch: MicroBatch, scale: float, *, last: bool) -> torch.Tensor:
         """Adds the micro-batch's gradient, times `scale` and the loss scale, and sums it over the ranks if it is the step's
         `last`; returns the sum of its losses, detached."""
+
+    @abstractmethod
+    def copies(self) -> Copies | None: ...
 
     @abstractmethod
     def _update(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,7 +158,8 @@ class EngineBase(ABC):
         self._reseed(micro_batch.first_position)
         if not micro_batch.weight:
             self._module.eval()  # a filler leaves no trace, in running statistics neither
-        with self._autocast():
+        rows = len(next(iter(micro_batch.tensors.values())))
+        with self._autocast(), self.pace.of_forward(rows):
             loss = self._loss(self._forward_module, self._to_device(micro_batch))
         if micro_batch.streams is not None:
             self._stream_losses.append(self._by_stream(loss.per_sample, micro_batch))
@@ -166,11 +177,19 @@ class EngineBase(ABC):
 
     @contextlib.contextmanager
     def _restoring_buffers(self) -> Iterator[None]:
-        buffers = [buffer.clone() for buffer in self._module.buffers()]
+        buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
         yield
+        # By their values: batch norm alters its statistics behind the back of their version counters.
+        self._running_statistics = [buffer for buffer, before in buffers if not torch.equal(buffer, before)]
         with torch.no_grad():
-            for buffer, before in zip(self._module.buffers(), buffers, strict=True):
+            for buffer, before in buffers:
                 buffer.copy_(before)
+
+    @torch.no_grad()
+    def _take_back(self, before: list[torch.Tensor], skipped: torch.Tensor) -> None:
+        """What a step that is skipped has seen is no number, and running statistics would never forget it."""
+        for buffer, earlier in zip(self._running_statistics, before, strict=True):
+            buffer.copy_(torch.where(skipped > 0, earlier, buffer))
 
     def _share_buffers(self) -> None:
         """The run's running statistics are rank 0's: training never reads them, what is evaluated and saved does."""

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distrib.blocks import prepare_blocks
+from distrib.blocks import blocks_of, prepare_blocks
+from distrib.copies import Copies, whole_copies
 from distrib.engine import CanonicalState, EngineSetup, MicroBatch
 from distrib.engine_base import EngineBase
 from distrib.gradients import leave_out
@@ -43,6 +44,10 @@ class NativeEngine(EngineBase):
         replicated = world.size > 1 and not self._zero_stage
         self._forward_module = _replicate(self._module, world) if replicated else self._module
         self._optimizer = make_optimizer(setup.optimizer, self._local)
+        if self._zero_stage and parallel.compile:
+            self.pace.unknown_because = "the blocks are compiled, and wait for one another's weights in between"
+        elif self._zero_stage:
+            self.pace.only_inside(blocks_of(self._module))
 
     def _make_module(self, setup: EngineSetup) -> nn.Module:
         """The model with its initial values: made on the meta device, sharded, and only then given memory."""
@@ -79,6 +84,19 @@ class NativeEngine(EngineBase):
         if any(parameter.grad is None for parameter in self._parameters):
             self._forward_module = _replicate(self._module, self.world, find_unused_parameters=True)
         self._module.zero_grad()
+
+    def copies(self) -> Copies | None:
+        if not self._zero_stage:
+            return whole_copies(self._module, self._optimizer) if self.world.size > 1 else None
+        if self.world.size == self.world.shards:
+            return None
+        tensors: dict[str, torch.Tensor] = {}
+        names = [name for name, parameter in self._module.named_parameters() if parameter.requires_grad]
+        for name, part in zip(names, self._local, strict=True):
+            tensors[f"model.{name}"] = part.detach()
+            for state, tensor in state_tensors(self._optimizer, part).items():
+                tensors[f"optimizer.{state}.{name}"] = tensor
+        return Copies(tensors, self.world.shards)
 
     def canonical_state(self) -> CanonicalState:
         self._share_buffers()

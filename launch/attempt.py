@@ -23,6 +23,7 @@ from launch.ending import Ending
 from launch.evaluation import evaluate_streams
 from launch.exit_codes import DO_NOT_RESTART, RunEnded
 from launch.feed import Feed
+from launch.health import Health
 from launch.ledger import Ledger
 from launch.materials import Materials
 from launch.recipe import hash_recipe
@@ -32,7 +33,6 @@ from launch.tracking.metrics_file import STALL_KEY
 from launch.tracking.tracking import Tracking
 
 log = logging.getLogger("lockstep")
-_SHOWN_IDS = 8
 # How long a run that fails waits for the save in flight: longer only where the state of a rank is very large.
 _LAST_SAVE_SECONDS = 60.0
 
@@ -55,6 +55,7 @@ class Attempt:
     tracking: Tracking | None = None
     resumed_from: Path | None = None
     saver: Saver = field(init=False)
+    health: Health = field(init=False)
     saved_step: int | None = None
     """The last step whose checkpoint is known to be published."""
     save_failure: str | None = None
@@ -67,6 +68,9 @@ class Attempt:
 
     def __post_init__(self) -> None:
         self.saver = Saver(self.world, self.config.checkpoint, self._tell_save)
+        self.health = Health(
+            self.config.health, self.engine, samples=self._samples_of_last_step, saved_step=self._newest_saved_step
+        )
 
     def say(self, text: str) -> None:
         """A line for the person who watches; rank 0 speaks, every rank logs."""
@@ -77,40 +81,31 @@ class Attempt:
             print(text, file=sys.stderr, flush=True)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Writes a committed step's line, and shows it."""
-        items = record.pop("items")
+        """Writes a committed step's line, and shows it. Raises RunEnded where the run must not go on after it."""
+        items, vitals = record.pop("items"), record.pop("vitals")
+        findings = self.health.judge(record, vitals, self.ledger)
         record = {
             "step": record.pop("step"),
             "attempt": self.run.attempt,
             "samples": record.pop("samples"),
             "tokens": items if self.materials.item_name == "token" else None,
             **record,
+            **findings.columns,
         }
         if self.tracking is not None and self.progress is not None:
             self._track(record)
             self.progress.update(record)
-        if record["skipped"]:
-            self.say(f"step {record['step']}: skipped, its gradient is not finite; weights stay as they were")
-            self._refuse_to_skip_for_ever()
+        for warning in findings.warnings:
+            self.say(warning)
+        if findings.ending is not None:
+            raise findings.ending
 
-    def _refuse_to_skip_for_ever(self) -> None:
-        """Ends the run where steps are skipped one after the other: it learns nothing, and costs what a good one costs."""
-        limit, ledger = self.config.run.max_skipped_in_a_row, self.ledger
-        if limit is None or ledger.skipped_in_a_row < limit:
-            return
+    def _samples_of_last_step(self) -> list[str]:
+        """The ids of the samples that the last committed step read, as STREAM:ID in a mixture."""
         training = self.materials.training
         shards = [training[s.name].shard_samples if s.name in training else None for s in self.plan.streams]
-        samples = samples_of_step(self.plan, shards, ledger.position)
-        ids = [f"{stream}:{sample}" if stream else str(sample) for stream, sample in samples]
-        log.error("step %d read the samples %s", ledger.step, ", ".join(ids))
-        more = f" and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
-        raise RunEnded(
-            f"step {ledger.step}: the gradient was not finite in {limit} steps in a row (run.max_skipped_in_a_row); "
-            f"weights are those of step {ledger.step - limit}; the samples of step {ledger.step} are "
-            f"{', '.join(ids[:_SHOWN_IDS])}{more}; lower optimizer.lr, or look at these samples",
-            DO_NOT_RESTART,
-            told_by_all=True,
-        )
+        samples = samples_of_step(self.plan, shards, self.ledger.position)
+        return [f"{stream}:{sample}" if stream else str(sample) for stream, sample in samples]
 
     def evaluate(self) -> None:
         """Evaluates on the validation split, on all ranks, and records the metrics."""
@@ -136,12 +131,19 @@ class Attempt:
         enter("save", self.ledger.step)
         begun = time.perf_counter()
         self.finish_save()
+        state = self.engine.canonical_state()
+        refusal = self.health.why_not_to_save(state, self.ledger.step)
+        if refusal is not None:
+            self.save_failure = refusal
+            self.say(f"checkpoint of step {self.ledger.step} not saved: {refusal}")
+            return
         self.saver.begin(
             self.run.checkpoints,
-            self.engine.canonical_state(),
+            state,
             step=self.ledger.step,
             scalars={
                 "ledger": self.ledger.as_scalars(),
+                "health": self.health.as_scalars(),
                 "plan": json.loads(self.plan.to_json()),
                 "first_evaluation": self.first_evaluation,
                 "parts": self.feed.parts_at(self.ledger.position),
@@ -171,6 +173,10 @@ class Attempt:
         if outcome is not None:
             self.save_failure = outcome.failure
             self.saved_step = self.saved_step if outcome.failure else outcome.step
+
+    def _newest_saved_step(self) -> int | None:
+        self.finish_save()
+        return self.saved_step
 
     def abandon_save(self, ending: Ending, *, at_once: bool) -> None:
         """Lets a save in flight come to its end where this run fails: all that it needs is there, unless a worker is gone."""

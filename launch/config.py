@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from data.config import DataConfig
 from distrib.capabilities import refuse_unsupported
 from distrib.config import CheckpointConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from launch.health_config import HealthConfig
 from launch.tracking.config import TrackingConfig
 from models.config import ModelConfig, TaskConfig
 
@@ -36,8 +37,6 @@ class RunSection(_Section):
     """Under `lockstep train`: how long a rank may at least stay in one phase of a step before it counts as hung. The limit
     itself is five times what the phase took lately. Evaluations, saves and data that is fetched may take ten times as long;
     the start and what happens for the first time three times parallel.timeout_seconds. null: for ever."""
-    max_skipped_in_a_row: int | None = Field(default=20, ge=1)
-    """Steps skipped one after the other, their gradients not finite, after which the run ends; null: never."""
     deterministic: bool = False
     """Deterministic kernels, for the same bytes on a GPU; on a CPU they are deterministic anyway."""
 
@@ -85,6 +84,7 @@ class RunConfig(_Section):
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    health: HealthConfig = HealthConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from data.stream import GlobalStep
 from distrib.engine import Engine
 from distrib.phases import enter
@@ -31,6 +33,8 @@ class Hooks:
     save: Callable[[], None]
     stop_asked: Callable[[], bool]
     """Whether this rank was asked to stop; the ranks then agree."""
+    vitals: Callable[[], torch.Tensor | None]
+    """What this rank tells the others of its health; None in most steps, on all ranks alike."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ def train(
                 "data_wait_seconds": report.data_wait_seconds,
                 "skipped": report.skipped,
                 "digest": ledger.digest,
+                "vitals": report.vitals,
                 **flight.cost,
                 **_by_stream(flight.batch, report.stream_loss_sums),
             }
@@ -108,6 +113,7 @@ def train(
             fold=batch.fold,
             stop_requested=hooks.stop_asked(),
             data_wait_seconds=data_wait_seconds,
+            vitals=hooks.vitals(),
             world=world,
         )
         in_flight.append(_Flight(batch, report, meter.measure(batch.items)))

@@ -16,14 +16,14 @@ Verdict = Literal["harmless", "needs --allow-change", "impossible"]
 _RULES: dict[Verdict, tuple[str, ...]] = {
     # What the run computes stays the same, or differs by rounding; data.source is held to the dataset's fingerprint.
     "harmless": (
-        "run.name", "run.directory", "run.device", "run.max_skipped_in_a_row", "run.max_restarts",
-        "run.restart_backoff_seconds", "run.hang_timeout_seconds", "data.directory",
+        "run.name", "run.directory", "run.device", "run.max_restarts", "run.restart_backoff_seconds",
+        "run.hang_timeout_seconds", "data.directory",
         "data.prefetch_steps", "data.source", "data.streams.*.source", "data.streams.*.directory", "data.workers",
         "data.cache_directory", "data.cache_bytes", "data.download_threads", "data.download_retries",
         "data.download_pause_seconds", "data.download_timeout_seconds", "batch.micro_samples",
         "parallel.engine", "parallel.zero_stage", "parallel.replicas", "parallel.offload",
         "parallel.activation_checkpointing", "parallel.compile", "parallel.deepspeed_config",
-        "parallel.timeout_seconds", "checkpoint.", "evaluation.", "tracking.",
+        "parallel.timeout_seconds", "checkpoint.", "evaluation.", "health.", "tracking.",
     ),
     # The curve differs from here on, which may be what is wanted. Augmentation alters training samples alone, neither which
     # ones they are nor what evaluation sees.

@@ -186,6 +186,7 @@ def _take_over(attempt: Attempt, checkpoint: Checkpoint, *, allow_change: bool) 
     attempt.plan = continue_plan(plan, wanted, checkpoint.path)
     attempt.resumed_from, attempt.saved_step = checkpoint.path, attempt.ledger.step
     attempt.first_evaluation = checkpoint.scalars["first_evaluation"]
+    attempt.health.load_scalars(checkpoint.scalars["health"])
     for line in attempt.feed.take_over(checkpoint.scalars["parts"], checkpoint.path, allow_change=allow_change):
         attempt.say(line)
 
@@ -277,7 +278,7 @@ def _train(attempt: Attempt) -> None:
             world=world,
             meter=meter,
             intervals=loop.Intervals(config.checkpoint.every_steps, config.evaluation.every_steps),
-            hooks=loop.Hooks(attempt.record, attempt.evaluate, attempt.save, attempt.stop.asked),
+            hooks=loop.Hooks(attempt.record, attempt.evaluate, attempt.save, attempt.stop.asked, attempt.health.vitals),
         )
     finally:
         stream.close()

@@ -39,7 +39,14 @@ WITHOUT_TORCH = (
     "distrib.engine_table",
     "distrib.manifest",
 )
-CONFIGS = ("data.config", "distrib.config", "models.config", "launch.config", "launch.tracking.config")
+CONFIGS = (
+    "data.config",
+    "distrib.config",
+    "models.config",
+    "launch.config",
+    "launch.health_config",
+    "launch.tracking.config",
+)
 # Heavy libraries that reading a recipe must not wait for.
 HEAVY = ("torch", "numpy", "pyarrow", "datasets", "tokenizers", "transformers", "wandb", "PIL")
 

@@ -54,3 +54,26 @@ def test_a_norm_that_is_not_finite_arrives_as_it_is(gloo_pool: WorkerPool) -> No
     for report in gloo_pool.run(_report, 2, float("inf"), None):
         assert report.gradient_norm == math.inf
         assert report.skipped
+
+
+def _vitals(world: World, streams: int) -> StepReport:
+    result = StepResult(
+        loss_sum=torch.tensor(1.0, dtype=torch.float64),
+        gradient_norm=torch.tensor(1.0),
+        skipped=torch.tensor(0.0),
+        learning_rate=0.5,
+        stream_loss_sums=torch.ones(streams, dtype=torch.float64) if streams else None,
+    )
+    own = [0.1 * (world.rank + 1), math.nan if world.rank == 1 else -3.0, 65535.0]
+    vitals = torch.tensor(own, dtype=torch.float64)
+    return report_step(result, fold=-1, stop_requested=False, data_wait_seconds=0.0, world=world, vitals=vitals).read()
+
+
+@pytest.mark.parametrize("streams", [0, 2])
+def test_what_each_rank_tells_of_itself_arrives_as_it_is(gloo_pool: WorkerPool, streams: int) -> None:
+    for report in gloo_pool.run(_vitals, 3, streams):
+        assert [vitals[0] for vitals in report.vitals] == [0.1 * (rank + 1) for rank in range(3)]
+        assert [math.isnan(vitals[1]) for vitals in report.vitals] == [False, True, False]
+        assert [vitals[2] for vitals in report.vitals] == [65535.0] * 3
+        assert report.stream_loss_sums == (3.0,) * streams
+        assert report.fold == 2**64 - 3

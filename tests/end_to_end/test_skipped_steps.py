@@ -23,7 +23,7 @@ from tests.end_to_end.user_models import write_user_package
 def test_skipping_for_ever_ends_the_run_with_the_step_and_its_samples(
     recipe_values: Callable[..., dict[str, Any]], dataset: Path, tmp_path: Path, workers: int
 ) -> None:
-    values = recipe_values(batch={"micro_samples": 12 // workers}, run={"max_skipped_in_a_row": 3})
+    values = recipe_values(batch={"micro_samples": 12 // workers}, health={"max_skipped_in_a_row": 3})
     values["model"] = {"kind": "own_package.models_of_mine:build_poisoned"}
     recipe = write_recipe(tmp_path / "poisoned.yaml", values)
     env = environment(PYTHONPATH=str(write_user_package(tmp_path / "mine")))

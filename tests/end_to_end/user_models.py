@@ -167,6 +167,29 @@ class Faulty(WithMethods):
         return super().forward(tokens)
 
 
+class Troubled(WithMethods):
+    """Has the trouble that TROUBLE names (KIND:STEP) in that step; on rank 1 alone where one rank has it."""
+
+    def forward(self, tokens):
+        from distrib import phases
+
+        kind, _, step = os.environ.get("TROUBLE", "").partition(":")
+        now, alone = phases.now(), os.environ.get("RANK", "0") == "1"
+        training = self.training and now.phase == "forward"
+        here = training and now.step + 1 == int(step or 0)
+        if kind == "slow" and training and alone and now.step + 1 >= int(step or 0):
+            time.sleep(0.05)
+        if kind == "flip" and here and alone and not getattr(self, "flipped", False):
+            self.flipped = True
+            with torch.no_grad():
+                self.output.weight.view(torch.int32)[3, 5] ^= 1
+        logits = super().forward(tokens)
+        if kind == "infinite" and here:
+            with torch.no_grad():
+                self.output.bias[2] = float("inf")
+        return logits * 1000 if kind == "spike" and here else logits
+
+
 def build(shape, width=16):
     return Plain(shape.vocabulary_size, width)
 
@@ -177,6 +200,10 @@ def build_with_methods(shape, width=16):
 
 def build_ends_during_save(shape, width=16):
     return EndsDuringSave(shape.vocabulary_size, width)
+
+
+def build_troubled(shape, width=16):
+    return Troubled(shape.vocabulary_size, width)
 
 
 def build_with_unused(shape, width=16):

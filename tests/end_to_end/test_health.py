@@ -1,0 +1,174 @@
+"""What a run notices about itself while it trains, and what it does then, by the policy of its recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data.config import DataConfig
+from data.dataset import open_dataset
+from data.order import GlobalOrder
+from data.store import LocalStore
+from launch.tracking.metrics_file import read_metrics
+from tests.end_to_end.runs import (
+    LOCKSTEP,
+    Result,
+    WarmProcess,
+    checkpoints,
+    command,
+    environment,
+    final_bytes,
+    history,
+    write_recipe,
+)
+from tests.end_to_end.user_models import write_user_package
+
+Train = Callable[..., Result]
+
+
+@pytest.fixture
+def troubled(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path, warm: WarmProcess) -> Train:
+    """Trains a model that has TROUBLE, 24 steps with a checkpoint every 5, into `run` of the test's directory."""
+    package = write_user_package(tmp_path / "mine")
+    path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
+    values = recipe_values(run={"steps": 24}, health={"spike_window_steps": 8})
+    values["model"] = {"kind": "own_package.models_of_mine:build_troubled"}
+    recipe = write_recipe(tmp_path / "troubled.yaml", values)
+
+    def train(trouble: str, *more: str, workers: int = 1, run: str = "run") -> Result:
+        env = environment(PYTHONPATH=path, TROUBLE=trouble)
+        arguments = [recipe, f"run.directory={run}", *more]
+        if workers == 1:
+            return warm.worker(*arguments, cwd=tmp_path, env=env)
+        return command(LOCKSTEP, "train", *arguments, "--workers", workers, cwd=tmp_path, env=env)
+
+    return train
+
+
+def columns(run: Path, name: str) -> dict[int, Any]:
+    """step -> value of the steps whose line has this column."""
+    return {record["step"]: record[name] for record in read_metrics(run)[0] if name in record}
+
+
+def samples_of_step(dataset: Path, recipe: DataConfig, step: int, global_samples: int = 12) -> list[int]:
+    samples = open_dataset(LocalStore(dataset), recipe, "train").samples
+    positions = np.arange(global_samples * (step - 1), global_samples * step)
+    return GlobalOrder(samples, 0).sample_ids(positions)[1].tolist()
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_spike_is_told_with_its_samples_and_the_run_goes_on(
+    troubled: Train, dataset: Path, recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    ended = troubled("spike:20").succeeded()
+    spikes = columns(tmp_path / "run", "loss_spike")
+    assert list(spikes) == [20]
+    assert spikes[20] > 100
+    ids = samples_of_step(dataset, DataConfig(**recipe_values()["data"]), 20)
+    assert "step 20: loss" in ended.err
+    assert f"the samples of step 20 are {', '.join(map(str, ids[:8]))} and 4 more" in ended.err
+    assert ended.err.count("is a spike") == 1
+    assert ", ".join(map(str, ids)) in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+
+
+def test_a_resumed_run_finds_the_spikes_that_it_would_have_found(troubled: Train, tmp_path: Path) -> None:
+    """Of the eight losses that step 18 is compared with, five are from before the checkpoint."""
+    straight, resumed = tmp_path / "straight", tmp_path / "run"
+    troubled("spike:18", run="straight").succeeded()
+    troubled("spike:18", "health.loss_spike=stop").failed_with(
+        78, "step 18: loss", "the newest checkpoint is of step 15"
+    )
+    assert checkpoints(resumed)[-1] == "step-00000015"
+    troubled("spike:18", "--resume", "auto").succeeded()
+    assert history(resumed) == history(straight)
+    assert columns(resumed, "loss_spike") == columns(straight, "loss_spike") != {}
+    assert final_bytes(resumed) == final_bytes(straight)
+
+
+def test_a_run_that_stops_at_a_spike_saves_nothing_that_has_seen_it(troubled: Train, tmp_path: Path) -> None:
+    """Also where a save is due right after it; started again as it is, it ends the same way."""
+    told = troubled("spike:20", "health.loss_spike=stop").failed_with(78, "step 20: loss", "health.loss_spike=warn")
+    assert checkpoints(tmp_path / "run")[-1] == "step-00000015"
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert (outcome["exit_code"], outcome["step"]) == (78, 20)
+    assert list(columns(tmp_path / "run", "loss_spike")) == [20]
+    again = troubled("spike:20", "health.loss_spike=stop", "--resume", "auto").failed_with(78, "step 20: loss")
+    assert again == told
+
+
+def test_spikes_may_be_ignored(troubled: Train, tmp_path: Path) -> None:
+    ended = troubled("spike:20", "health.loss_spike=ignore").succeeded()
+    assert columns(tmp_path / "run", "loss_spike") == {}
+    assert "spike" not in ended.err
+
+
+def test_no_checkpoint_holds_what_is_not_finite(troubled: Train, tmp_path: Path) -> None:
+    """A weight that became infinite while every gradient was finite, as an update that is too large makes it."""
+    troubled("infinite:13").failed_with(
+        78, "step 15: not finite: model.output.bias;", "it was not saved", "the newest checkpoint is of step 10"
+    )
+    assert checkpoints(tmp_path / "run") == ["step-00000005", "step-00000010"]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".tmp*"))
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_of_one_rank_ends_the_run_and_the_restart_repairs_it(troubled: Train, tmp_path: Path) -> None:
+    every = "health.compare_replicas_every_steps=4"
+    troubled("flip:11", every, workers=2).failed_with(
+        1, "step 12: ranks that must hold the same bytes differ: rank 0 (", "rank 1 (", "model.output.weight",
+        "the newest checkpoint is of step 10", "--resume auto",
+    )  # fmt: skip
+    run = tmp_path / "run"
+    assert checkpoints(run)[-1] == "step-00000010"
+    assert columns(run, "differing_ranks") == {12: [0, 1]}
+    troubled("", every, "--resume", "auto", workers=2).succeeded()
+    troubled("", every, workers=2, run="straight").succeeded()
+    assert final_bytes(run) == final_bytes(tmp_path / "straight")
+    assert history(run) == history(tmp_path / "straight")
+
+
+@pytest.mark.long
+def test_differing_ranks_are_never_saved(troubled: Train, tmp_path: Path) -> None:
+    """With no comparison due before the save, the save itself compares."""
+    troubled("flip:13", workers=2).failed_with(1, "step 15: ranks that must hold the same bytes differ")
+    assert checkpoints(tmp_path / "run")[-1] == "step-00000010"
+
+
+@pytest.mark.long
+def test_with_a_warning_the_run_goes_on_and_saves_nothing(troubled: Train, tmp_path: Path) -> None:
+    ended = troubled(
+        "flip:13", "health.differing_replicas=warn", "health.compare_replicas_every_steps=4", workers=2
+    ).failed_with(78, "after step 24: step 24: ranks that must hold the same bytes differ")
+    assert "checkpoint of step 15 not saved" in ended or checkpoints(tmp_path / "run")[-1] == "step-00000010"
+    assert list(columns(tmp_path / "run", "differing_ranks")) == [16, 20, 24]
+    assert checkpoints(tmp_path / "run")[-1] == "step-00000010"
+
+
+@pytest.mark.long
+def test_without_the_comparison_nobody_notices(troubled: Train, tmp_path: Path) -> None:
+    """The control: what the two ranks train is two models from then on, and the run ends well."""
+    never = "health.compare_replicas_every_steps=null"
+    troubled("flip:13", never, workers=2).succeeded()
+    troubled("", never, workers=2, run="straight").succeeded()
+    assert final_bytes(tmp_path / "run") != final_bytes(tmp_path / "straight")
+
+
+def test_a_slow_rank_is_named(troubled: Train, tmp_path: Path) -> None:
+    ended = troubled("slow:1", "health.compare_paces_every_steps=6", workers=2).succeeded()
+    run = tmp_path / "run"
+    assert columns(run, "slowest_rank") == {6: 1, 12: 1, 18: 1, 24: 1}
+    assert all(factor > 1.5 for factor in columns(run, "slowest_over_others").values())
+    assert columns(run, "stragglers") == {18: [1], 24: [1]}
+    (told,) = [line for line in ended.err.splitlines() if "is slow" in line]
+    assert "step 18: rank 1 (" in told
+    assert "times what it takes the others" in told
