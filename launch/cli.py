@@ -98,6 +98,22 @@ def _make_parser() -> argparse.ArgumentParser:
         description="The values of the recipe's section `parallel` that each engine takes, and what of it has been run.",
     )
     engines.set_defaults(run=_engines)
+
+    doctor = commands.add_parser(
+        "doctor",
+        allow_abbrev=False,
+        help="measure this machine, or under a launcher a job's machines; 1 where something is broken",
+        description="Versions, speeds of devices, memory, exchange and disk, room, and W&B, in some seconds. Under a launcher: "
+        "`... -m launch.cli doctor` in place of `... -m launch.train`.",
+    )
+    doctor.add_argument("recipe", nargs="?", help="look at the places and trackers that this recipe uses")
+    doctor.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace keys of the recipe")
+    doctor.add_argument("--workers", type=int, metavar="N", help="processes that measure (default: as for `train`)")
+    doctor.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: the recipe's run.device, or auto")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    # What launchers pass to every worker.
+    doctor.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -420,6 +436,15 @@ def _engines(arguments: argparse.Namespace) -> int:
 
     print(format_table())
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from launch.doctor import examine_machine
+    from launch.recipe import load_recipe
+
+    config = load_recipe(arguments.recipe, arguments.overrides) if arguments.recipe is not None else None
+    device = arguments.device or (config.run.device if config is not None else "auto")
+    return examine_machine(config, workers=arguments.workers, device=device, as_json=arguments.json)
 
 
 def _exit_code(error: ValueError) -> int:

@@ -27,6 +27,7 @@ from launch.clock import Clock
 from launch.config import RunConfig
 from launch.console import Progress
 from launch.ending import Ending, ending_of_failure, ending_of_run, leave_post_mortem, write_outcome
+from launch.examination import look_before_training
 from launch.exit_codes import DO_NOT_RESTART, RunEnded
 from launch.feed import make_feed
 from launch.ledger import Ledger
@@ -86,6 +87,8 @@ def run_attempt(
     start_logging(run.path, world.rank)
     attempt: Attempt | None = None
     try:
+        if config.health.preflight != "none":
+            look_before_training(world, run.path, config.health.preflight)
         attempt = together(world, lambda: _set_up(config, world, run, materials, stop, clock))
         _resume(attempt, resume, allow_change=allow_change)
         nodes = len({*world.gather_objects(platform.node())})

@@ -172,3 +172,12 @@ def test_a_slow_rank_is_named(troubled: Train, tmp_path: Path) -> None:
     (told,) = [line for line in ended.err.splitlines() if "is slow" in line]
     assert "step 18: rank 1 (" in told
     assert "times what it takes the others" in told
+
+
+def test_a_run_may_be_examined_before_it_trains(troubled: Train, tmp_path: Path) -> None:
+    ended = troubled("", "health.preflight=warn", "run.steps=2").succeeded()
+    (told,) = [line for line in ended.err.splitlines() if line.startswith("preflight: ")]
+    assert "matrix product, fp32" in told
+    assert "disk, write" in told
+    assert told in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "run", "troubled.yaml"]

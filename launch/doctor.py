@@ -1,0 +1,258 @@
+"""`lockstep doctor`: what this machine, or a job's machines, can do, and what of it is slow or broken. Imports no torch: the
+workers that it starts do."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import re
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from launch.checks import Check, as_table
+from launch.config import RunConfig
+from launch.disk import existing_part
+from launch.exit_codes import DONE, FAILED
+from launch.run_directory import RUNS
+
+_PACKAGES = ("torch", "deepspeed", "accelerate", "datasets", "wandb", "numpy")
+# What launchers and job systems set, and what changes how ranks meet and compute.
+_VARIABLES = re.compile(
+    r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|MASTER_ADDR|MASTER_PORT|CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS"
+    r"|SLURM_(JOB_ID|JOB_NODELIST|NNODES|NTASKS|PROCID|LOCALID|NODEID|GPUS_ON_NODE|RESTART_COUNT)"
+    r"|(NCCL|GLOO|TORCHELASTIC|ACCELERATE|DS|DEEPSPEED|FSDP|OMPI_COMM_WORLD|PMI|UCX|TORCH_NCCL)_\w+)"
+)
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
+_SHOWN_CHARACTERS = 60
+_LEAST_FREE_BYTES = 1 << 30
+_LEAST_FREE_INODES = 1000
+_WANDB_SECONDS = 3.0
+_WANDB_URL = "https://api.wandb.ai"
+# For importing torch, meeting and measuring: only ever reached where something hangs.
+_WORKERS_SECONDS = 120.0
+_MEETING_SECONDS = 60.0
+
+
+def examine_machine(config: RunConfig | None, *, workers: int | None, device: str, as_json: bool) -> int:
+    """Prints a table, or JSON, of everything that was looked at; returns 1 where something is broken, else 0.
+
+    workers: how many processes measure side by side; None: one per GPU, without a GPU two. Under a launcher, whose processes
+    are the workers, it must be None.
+    """
+    begun = time.monotonic()
+    directory = _run_directory(config)
+    launched = "RANK" in os.environ or "WORLD_SIZE" in os.environ
+    if launched and workers is not None:
+        raise ValueError(
+            f"--workers {workers}: a launcher has started this process already (RANK is set); remove one of them"
+        )
+    if launched:
+        speaks, measured = _measure_in_this_process(device, directory)
+        if not speaks:
+            return FAILED if _any_broken(measured) else DONE
+    else:
+        if workers is None:
+            from launch.supervisor import default_workers
+
+            workers = default_workers(device)
+        if workers < 1:
+            raise ValueError(f"--workers {workers}: must be at least 1")
+        measured = _measure_in_workers(workers, device, directory)
+    checks = [*_versions(), _launcher(os.environ), *measured, *_rooms(config), *_trackers(config)]
+    code = FAILED if _any_broken(checks) else DONE
+    seconds = round(time.monotonic() - begun, 1)
+    if as_json:
+        print(
+            json.dumps({"exit_code": code, "seconds": seconds, "checks": [asdict(check) for check in checks]}, indent=2)
+        )
+    else:
+        print(as_table(checks))
+        print(f"examined in {seconds} s")
+    return code
+
+
+def _any_broken(checks: Sequence[Check]) -> bool:
+    return any(check.state == "broken" for check in checks)
+
+
+def _run_directory(config: RunConfig | None) -> Path:
+    return (config.run.directory if config is not None else None) or RUNS
+
+
+# --- what needs no torch -----------------------------------------------------------------------------------------------
+
+
+def _versions() -> list[Check]:
+    checks = [Check("python", "ok", f"{platform.python_version()} ({sys.executable}), {platform.platform()}")]
+    for name in _PACKAGES:
+        try:
+            checks.append(Check(name, "ok", metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            checks.append(Check(name, "broken", "not installed", f"pip install {name}, or make setup"))
+    return checks
+
+
+def _launcher(environment: Any) -> Check:
+    """What launchers have set. Of a variable that may hold a secret only the name."""
+    shown = []
+    for name in sorted(environment):
+        if _VARIABLES.fullmatch(name):
+            value = environment[name]
+            hidden = _SECRET.search(name) or "://" in value
+            shown.append(f"{name} (set, not shown)" if hidden else f"{name}={value[:_SHOWN_CHARACTERS]}")
+    return Check("launcher", "ok", " ".join(shown) or "none: no variable of a launcher is set")
+
+
+def _rooms(config: RunConfig | None) -> list[Check]:
+    """Room and inodes where runs are kept, and where shards are cached."""
+    from data.config import DataConfig
+    from data.store import open_cache
+
+    data = config.data if config is not None else DataConfig()
+    places = {"run directory": _run_directory(config), "cache": open_cache(data).directory}
+    return [_room(name, place) for name, place in places.items()]
+
+
+def _room(name: str, directory: Path) -> Check:
+    place = existing_part(directory)
+    status = os.statvfs(place)
+    free, inodes = status.f_bavail * status.f_frsize, status.f_favail
+    figure = f"{directory}: {free / 2**30:,.1f} GiB free, "
+    figure += f"{inodes:,} inodes free" if status.f_files else "inodes without a limit"
+    if not os.access(place, os.W_OK | os.X_OK):
+        return Check(name, "broken", f"{directory}: {place} cannot be written", "choose another place for it")
+    if free < _LEAST_FREE_BYTES or (status.f_files and inodes < _LEAST_FREE_INODES):
+        return Check(name, "broken", figure, "make room, or choose another place for it")
+    return Check(name, "ok", figure)
+
+
+def _trackers(config: RunConfig | None) -> list[Check]:
+    if config is not None and config.tracking.wandb in ("off", "offline"):
+        return [Check("W&B", "ok", f"not asked for (tracking.wandb={config.tracking.wandb})")]
+    return [_wandb(os.environ)]
+
+
+def _wandb(environment: Any) -> Check:
+    """Any answer of the server will do: whether the key is right is for W&B to say, when a run begins."""
+    url = environment.get("WANDB_BASE_URL") or _WANDB_URL
+    host = urlsplit(url).hostname or url  # without a user's name and password
+    key = "a key is set" if environment.get("WANDB_API_KEY") else "WANDB_API_KEY is not set"
+    begun = time.monotonic()
+    try:
+        with urllib.request.urlopen(url, timeout=_WANDB_SECONDS):
+            pass
+    except urllib.error.HTTPError:
+        pass  # an answer all the same
+    except (OSError, ValueError) as error:
+        reason = str(getattr(error, "reason", error)).split("\n")[0].replace(url, host)
+        return Check(
+            "W&B", "ok", f"offline: {host} does not answer ({reason}); runs are kept, for `wandb sync` later; {key}"
+        )
+    return Check("W&B", "ok", f"{host} answers in {time.monotonic() - begun:.2f} s; {key}")
+
+
+# --- what the workers measure ------------------------------------------------------------------------------------------
+
+
+def _measure_in_this_process(device: str, directory: Path) -> tuple[bool, list[Check]]:
+    """As a worker of a launcher: whether this one speaks for all, and what all have found."""
+    from distrib.config import ParallelConfig
+    from distrib.world import join_world, leave_world
+    from launch.examination import examine
+
+    try:
+        world = join_world(device, ParallelConfig(timeout_seconds=_MEETING_SECONDS))
+    except (ValueError, ConnectionError) as error:
+        return True, [Check("workers", "broken", str(error), "see what the launcher sets")]
+    checks = [*_cuda(), *examine(world, directory)]
+    speaks = world.rank == 0
+    leave_world(world)
+    return speaks, checks
+
+
+def _cuda() -> list[Check]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return [Check("CUDA", "ok", f"none: torch {torch.__version__} sees no GPU")]
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return [Check("CUDA", "ok", f"{torch.version.cuda}"), Check("NCCL", "ok", nccl)]
+
+
+def _measure_in_workers(workers: int, device: str, directory: Path) -> list[Check]:
+    """Starts so many workers on this host; rank 0 tells what they found."""
+    context = multiprocessing.get_context("spawn")
+    port = _free_port()
+    # The workers share the cores, as those of a run do.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    processes: dict[Connection, Any] = {}
+    for rank in range(workers):
+        ours, theirs = context.Pipe()
+        processes[ours] = context.Process(
+            target=_work, args=(theirs, rank, workers, port, device, directory), daemon=True
+        )
+        processes[ours].start()
+        theirs.close()
+    told: dict[int, list[Check] | str] = {}
+    ranks = {connection: rank for rank, connection in enumerate(processes)}
+    deadline = time.monotonic() + _WORKERS_SECONDS
+    failure: str | None = None
+    try:
+        while failure is None and len(told) < workers:
+            waiting = [connection for connection, rank in ranks.items() if rank not in told]
+            ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = ", ".join(str(ranks[connection]) for connection in waiting)
+                failure = f"no answer within {_WORKERS_SECONDS:.0f} s from rank {late}"
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                try:
+                    answer = connection.recv()
+                except EOFError:
+                    processes[connection].join()
+                    answer = f"rank {ranks[connection]} ended with code {processes[connection].exitcode}"
+                told[ranks[connection]] = answer
+                failure = failure or (answer if isinstance(answer, str) else None)
+    finally:
+        for process in processes.values():
+            if failure is not None:
+                process.kill()
+            process.join()
+    if failure is not None:
+        return [Check("workers", "broken", failure, "try --workers 1; what that says is of the machine alone")]
+    found = told[0]
+    assert isinstance(found, list)
+    return found
+
+
+def _work(connection: Connection, rank: int, workers: int, port: int, device: str, directory: Path) -> None:
+    """A worker's life: as if a launcher had started it."""
+    if workers > 1:
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(workers), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(workers),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+    try:
+        connection.send(_measure_in_this_process(device, directory)[1])
+    except Exception as error:  # told as what is broken, by the process that speaks
+        connection.send(
+            f"rank {rank}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason'}"
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
