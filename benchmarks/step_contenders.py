@@ -47,15 +47,17 @@ from launch.stopping import StopRequest
 from launch.tracking.tracking import Tracking
 from launch.worker_log import start_logging
 
-BARE, PLAIN, FULL, SUPERVISED = "bare", "plain", "full", "supervised"
+BARE, PLAIN, UNWATCHED, FULL, SUPERVISED = "bare", "plain", "unwatched", "full", "supervised"
 MEANING = {
     BARE: "a bare PyTorch loop: fused AdamW, batches from a memory map, DDP with its defaults on two processes",
     PLAIN: "this loop and its stream, without clipping and tracking (digest and gradient norm are always computed)",
-    FULL: "this loop and its stream with clipping, digest, progress and `metrics.jsonl`",
+    UNWATCHED: "this loop and its stream with clipping, digest, progress and `metrics.jsonl`",
+    FULL: "the same, with what the recipe's section `health` watches by default",
     SUPERVISED: "the same with heartbeats, which another process looks at as `lockstep train` does",
 }
 SPARE_STEPS = 256  # the stream never ends within a measurement, so that its thread always has work
 PROBE_SAMPLES = 8
+UNWATCHED_HEALTH = {"loss_spike": "ignore", "compare_paces_every_steps": None, "compare_replicas_every_steps": None}
 # High enough never to scale a gradient, so that the probe loss stays comparable; clipping costs the same.
 CLIP_NORM = 1e6
 
@@ -178,11 +180,12 @@ def _config(job: Job) -> RunConfig:
         "optimizer": {
             "lr": 1e-3,
             "weight_decay": 0.0,  # which parameters are decayed is a matter of taste, not of speed
-            "clip_norm": CLIP_NORM if job.contender in (FULL, SUPERVISED) else None,
+            "clip_norm": None if job.contender == PLAIN else CLIP_NORM,
         },
         "schedule": {"kind": "constant"},
         "checkpoint": {"every_steps": None},
         "tracking": {"wandb": "off", "tensorboard": False, "progress": "lines"},
+        "health": {} if job.contender in (FULL, SUPERVISED) else UNWATCHED_HEALTH,
     }
     return parse_recipe(recipe, "benchmark")
 
@@ -251,8 +254,7 @@ def _run_lockstep(job: Job, config: RunConfig, materials: Materials, world: Worl
         prefetch_steps=config.data.prefetch_steps,
     )
     attempt = _attempt(job, config, materials, world, engine, plan)
-    record: Callable[[dict[str, Any]], None] = attempt.record if job.contender in (FULL, SUPERVISED) else _ignore
-    vitals = attempt.health.vitals if job.contender in (FULL, SUPERVISED) else _no_vitals
+    record: Callable[[dict[str, Any]], None] = _ignore if job.contender == PLAIN else attempt.record
     try:
         train(
             engine,
@@ -261,7 +263,7 @@ def _run_lockstep(job: Job, config: RunConfig, materials: Materials, world: Worl
             world=world,
             meter=Meter(world.device, flops_per_item=None, peak_flops=None, ranks=world.data_size),
             intervals=Intervals(save_every_steps=None, evaluate_every_steps=None),
-            hooks=Hooks(record, lambda: None, lambda: None, attempt.stop.asked, vitals),
+            hooks=Hooks(record, lambda: None, lambda: None, attempt.stop.asked, attempt.health.vitals),
         )
     finally:
         stream.close()
@@ -278,7 +280,7 @@ def _attempt(job: Job, config: RunConfig, materials: Materials, world: World, en
     attempt = Attempt(
         config, world, run, materials, engine, plan, Ledger(), StopRequest(), make_feed(config, materials, world), clock
     )
-    if job.contender in (FULL, SUPERVISED) and world.rank == 0:
+    if job.contender != PLAIN and world.rank == 0:
         observe(clock.hear)
         attempt.stop.watch(run.stop_file)
         attempt.progress = Progress("lines", config.run.steps, 1, materials.item_name, stream=io.StringIO())
@@ -290,10 +292,6 @@ def _attempt(job: Job, config: RunConfig, materials: Materials, world: World, en
 
 def _ignore(record: dict[str, Any]) -> None:
     """What tracking that is off does with a step."""
-
-
-def _no_vitals() -> None:
-    """What health that is off tells the other ranks."""
 
 
 @torch.no_grad()

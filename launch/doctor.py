@@ -151,10 +151,9 @@ def _wandb(environment: Any) -> Check:
     key = "a key is set" if environment.get("WANDB_API_KEY") else "WANDB_API_KEY is not set"
     begun = time.monotonic()
     try:
-        with urllib.request.urlopen(url, timeout=_WANDB_SECONDS):
-            pass
-    except urllib.error.HTTPError:
-        pass  # an answer all the same
+        urllib.request.urlopen(url, timeout=_WANDB_SECONDS).close()
+    except urllib.error.HTTPError as answer:
+        answer.close()  # an answer all the same
     except (OSError, ValueError) as error:
         reason = str(getattr(error, "reason", error)).split("\n")[0].replace(url, host)
         return Check(

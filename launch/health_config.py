@@ -21,7 +21,7 @@ class HealthConfig(BaseModel):
     """A step's loss far above those before it. stop: the run ends with 78 before anything is saved that has seen that step."""
     spike_window_steps: int = Field(default=128, ge=8)
     """How many losses a loss is compared with; nothing is said before there are as many."""
-    spike_deviations: float = Field(default=10.0, gt=0)
+    spike_deviations: float = Field(default=8.0, gt=0)
     """A spike is so many robust standard deviations (1.4826 times the median absolute deviation) above the median."""
     compare_paces_every_steps: int | None = Field(default=50, ge=1)
     """How often the ranks compare the time that a forward pass takes each of them alone; null: never."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from launch.exit_codes import DO_NOT_RESTART, DONE, STOPPED_EARLY
 from launch.goodput import Account, account_of
 from launch.report_curves import BUCKETS, SERIES_COLOURS, Chart, Curve, column, draw, scientific, short
+from launch.report_health import health_facts
 from launch.report_time import describe_time
 from launch.tracking.metrics_file import STALL_KEY, read_checkpoint_stalls, read_metrics
 
@@ -191,10 +192,7 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
     memory = column(run.steps, "peak_memory_bytes")
     if np.isfinite(memory).any():
         facts.append(("Peak memory", f"{np.nanmax(memory) / 2**30:.2f} GiB", "rank 0"))
-    skipped = sum(bool(record.get("skipped")) for record in run.steps)
-    if skipped:
-        facts.append(("Skipped steps", str(skipped), "gradient not finite"))
-    return facts
+    return facts + health_facts(run.steps)
 
 
 def _evaluation_facts(run: Run) -> list[tuple[str, str, str]]:

@@ -22,7 +22,8 @@ def test_a_quick_run_on_two_processes_writes_its_tables(tmp_path: Path) -> None:
     assert result["machine"]["versions"]["torch"]
     (table,) = result["tables"]
     contenders = table["contenders"]
-    assert set(contenders) == {"bare", "plain", "full"}
+    assert set(contenders) == {"bare", "plain", "unwatched", "full"}
+    assert table["full_over_unwatched"]["median"] > 0
     # One start of two rounds, each a block of every contender; the benchmark itself refuses unequal probe losses.
     assert all(len(contender["seconds_per_step"]) == 2 for contender in contenders.values())
     assert all(0 < contender["probe_loss"] < 10 for contender in contenders.values())

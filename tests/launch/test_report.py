@@ -292,11 +292,26 @@ def test_losses_that_are_not_numbers_leave_gaps(tmp_path: Path) -> None:
     lines = [step_line(step, 1, loss=None, gradient_norm=None, skipped=True, mfu=0.25) for step in range(1, 31)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = Page(build_report([run]))
-    assert "Skipped steps 30" in page.text
+    assert "Skipped steps 30 gradient not finite; steps 1, 2, 3, 4, 5, 6 and 24 more" in page.text
     assert "Steps 30 of 60" in page.text
     assert "MFU 25.0% median step" in page.text
     assert "Loss" not in figures(page)
     assert "Learning rate" in figures(page)
+
+
+def test_what_a_run_found_amiss_is_listed(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert "Loss spikes" not in Page(build_report([run])).text
+    found: dict[int, dict[str, Any]] = {
+        3: {"loss_spike": 12.5}, 4: {"stragglers": [1]}, 5: {"loss_spike": None}, 6: {"stragglers": [0, 1]},
+        7: {"differing_ranks": [2]},
+    }  # fmt: skip
+    lines = [step_line(step, 1, **found.get(step, {})) for step in range(1, 31)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(build_report([run]))
+    assert "Loss spikes 2 steps 3, 5" in page.text
+    assert "Slow ranks 0 1 steps 4, 6" in page.text
+    assert "Ranks that differ 2 step 7" in page.text
 
 
 def test_long_samples_and_many_evaluations_are_cut_and_it_is_said(tmp_path: Path) -> None:
