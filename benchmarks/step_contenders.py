@@ -134,8 +134,9 @@ def run_contender(connection: Connection, job: Job) -> None:
     materials = open_materials(config, {"": LocalStore(job.dataset)})
     world = join_world("cpu")
     run = _run_bare if job.contender == BARE else _run_lockstep
-    probe_loss = _probe_loss(run(job, config, materials, world, connection), job)
-    connection.send((probe_loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    module, watching_ms = run(job, config, materials, world, connection)
+    probe_loss = _probe_loss(module, job)
+    connection.send((probe_loss, watching_ms, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
     leave_world(world)
 
 
@@ -203,7 +204,11 @@ def _rows(job: Job) -> npt.NDArray[np.uint16]:
     return np.lib.stride_tricks.sliding_window_view(tokens, sequence_tokens + 1)[::sequence_tokens]
 
 
-def _run_bare(job: Job, config: RunConfig, materials: Materials, world: World, connection: Connection) -> nn.Module:
+Ran = tuple[nn.Module, float]
+"""The model, and milliseconds of this process's own time that watching its health took of a step."""
+
+
+def _run_bare(job: Job, config: RunConfig, materials: Materials, world: World, connection: Connection) -> Ran:
     """The loop that a researcher writes first."""
     table, rows = job.table, _rows(job)
     positions = np.arange((table.total_steps + SPARE_STEPS) * table.global_samples)
@@ -223,10 +228,10 @@ def _run_bare(job: Job, config: RunConfig, materials: Materials, world: World, c
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return module
+    return module, 0.0
 
 
-def _run_lockstep(job: Job, config: RunConfig, materials: Materials, world: World, connection: Connection) -> nn.Module:
+def _run_lockstep(job: Job, config: RunConfig, materials: Materials, world: World, connection: Connection) -> Ran:
     """The real loop over the real engine and stream; PLAIN without, the others with what a run writes and shows."""
     plan = Plan.of([segment_of(config, materials.training)])
     engine = make_engine(
@@ -255,6 +260,9 @@ def _run_lockstep(job: Job, config: RunConfig, materials: Materials, world: Worl
     )
     attempt = _attempt(job, config, materials, world, engine, plan)
     record: Callable[[dict[str, Any]], None] = _ignore if job.contender == PLAIN else attempt.record
+    watching = _OwnTime()
+    for name in ("vitals", "judge"):
+        setattr(attempt.health, name, watching.of(getattr(attempt.health, name)))
     try:
         train(
             engine,
@@ -269,7 +277,23 @@ def _run_lockstep(job: Job, config: RunConfig, materials: Materials, world: Worl
         stream.close()
         if attempt.tracking is not None:
             attempt.tracking.close()
-    return engine.module
+    return engine.module, 1e3 * watching.seconds / engine.steps_done
+
+
+class _OwnTime:
+    """Time that a thread itself computes within some functions: foreign load does not enter."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def of(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*given: Any) -> Any:
+            begun = time.thread_time()
+            result = function(*given)
+            self.seconds += time.thread_time() - begun
+            return result
+
+        return timed
 
 
 def _attempt(job: Job, config: RunConfig, materials: Materials, world: World, engine: Engine, plan: Plan) -> Attempt:

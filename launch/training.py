@@ -20,6 +20,7 @@ from distrib.engine import CanonicalState, EngineSetup
 from distrib.engines import make_engine
 from distrib.manifest import remove_temporaries, write_durably
 from distrib.phases import enter, hold, observe
+from distrib.probes import device_name
 from distrib.world import World
 from launch import loop
 from launch.attempt import Attempt
@@ -217,7 +218,7 @@ def _stop_position(attempt: Attempt) -> int:
 def _begin(attempt: Attempt) -> None:
     """Puts the attempt on record before its first step, and opens what rank 0 speaks through."""
     config, world, run = attempt.config, attempt.world, attempt.run
-    devices = world.gather_objects(_device_name(world.device))
+    devices = world.gather_objects(device_name(world.device))
 
     def put_on_record() -> None:
         write_durably(run.path / "recipe.yaml", dump_recipe(config).encode())
@@ -314,7 +315,7 @@ def _make_meter(attempt: Attempt) -> Meter:
     """Says the sizes that a run depends on, and prepares to measure against them."""
     config, world, materials = attempt.config, attempt.world, attempt.materials
     flops_per_item = _flops_per_item(attempt)
-    peak = peak_flops(_device_name(world.device), _PRECISION_DTYPES[config.parallel.precision])
+    peak = peak_flops(device_name(world.device), _PRECISION_DTYPES[config.parallel.precision])
     batch, largest_part = config.batch, -(-config.batch.global_samples // world.data_size)
     accumulation = -(-largest_part // batch.micro_samples)
     attempt.say(
@@ -331,7 +332,7 @@ def _make_meter(attempt: Attempt) -> Meter:
     )
     attempt.say(f"FLOPs count {FLOP_CONVENTION}")
     if peak is None:
-        log.info("MFU is not reported: the peak of %s is unknown", _device_name(world.device))
+        log.info("MFU is not reported: the peak of %s is unknown", device_name(world.device))
     return Meter(world.device, flops_per_item=flops_per_item, peak_flops=peak, ranks=world.data_size)
 
 
@@ -354,10 +355,6 @@ def _flops_per_item(attempt: Attempt) -> float | None:
 def _lasting(address: str) -> str:
     """An address that means the same from another working directory."""
     return address if is_remote(address) else str(Path(address).resolve())
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _close(attempt: Attempt | None) -> None:
