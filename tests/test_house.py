@@ -27,6 +27,7 @@ WITHOUT_TORCH = (
     "launch.config",
     "launch.data_commands",
     "launch.data_order",
+    "launch.doctor",
     "launch.goodput",
     "launch.recipe",
     "launch.resume",

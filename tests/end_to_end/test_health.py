@@ -164,7 +164,7 @@ def test_without_the_comparison_nobody_notices(troubled: Train, tmp_path: Path) 
 
 
 def test_a_slow_rank_is_named(troubled: Train, tmp_path: Path) -> None:
-    ended = troubled("slow:1", "health.compare_paces_every_steps=6", workers=2).succeeded()
+    ended = troubled("slow:1", "health.compare_paces_every_steps=6", "batch.micro_samples=6", workers=2).succeeded()
     run = tmp_path / "run"
     assert columns(run, "slowest_rank") == {6: 1, 12: 1, 18: 1, 24: 1}
     assert all(factor > 1.5 for factor in columns(run, "slowest_over_others").values())

@@ -178,7 +178,7 @@ class Troubled(WithMethods):
         training = self.training and now.phase == "forward"
         here = training and now.step + 1 == int(step or 0)
         if kind == "slow" and training and alone and now.step + 1 >= int(step or 0):
-            time.sleep(0.05)
+            time.sleep(0.2)
         if kind == "flip" and here and alone and not getattr(self, "flipped", False):
             self.flipped = True
             with torch.no_grad():
