@@ -373,4 +373,4 @@ def _write_last_line(attempt: Attempt) -> None:
         with contextlib.closing(MetricsFile(attempt.run.path)) as file:
             file.append(record | {"clock": attempt.clock.read()})
     except ValueError as error:
-        log.warning("the account of the run's time ends with the line before: %s", error)
+        log.info("the account of the run's time ends with the line before: %s", error)

@@ -86,7 +86,7 @@ def last_record(run_directory: Path) -> dict[str, Any] | None:
         return None
     with path.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-        lines = file.read().splitlines()
+        lines = file.read(_TAIL_BYTES).splitlines()  # of a device there is no end
     records = (_parse(line) for line in reversed(lines))
     return next((record for record in records if record is not None and END_KEY not in record), None)
 
