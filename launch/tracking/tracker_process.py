@@ -7,15 +7,19 @@ enough to finish.
 
 The protocol, in lines of JSON. In: a header; then records, flat objects of numbers with their `step`; then null, the
 orderly end. An end of the input without null means that the trainer died. Out: `{"ready": url or null}` once open,
-`{"failed": reason}` before giving up. What the tracker's libraries print goes to `<run>/logs/<kind>.log`.
+`{"failed": reason}` before giving up. What the tracker's libraries print goes to `<run>/logs/<kind>.log`. What they keep
+in the system's temporary directory lies in a folder of the process's own (TMPDIR), which goes with it, however it ends.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import queue
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +53,7 @@ class TrackerProcess:
         self._failed = False
         self._failing = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
+        self._temporary: str | None = None
         self._thread = threading.Thread(target=self._run, args=(kind, header), name=f"lockstep-{kind}", daemon=True)
         self._thread.start()
 
@@ -62,11 +67,12 @@ class TrackerProcess:
 
     def join(self, timeout_seconds: float) -> None:
         """Wait until the tracker has finished; one that has not after the timeout is killed, and that is reported."""
-        self._thread.join(timeout_seconds)
+        self._thread.join(0.0 if self._failed else timeout_seconds)  # one that failed has nothing left to finish
         if self._thread.is_alive():
             self._fail("did not finish in time at the end of the run and was ended")
             if self._process is not None:
                 self._process.kill()
+                self._clear()
         elif self._dropped and not self._failed:
             self._report(
                 f"{self._name}: was too slow, {self._dropped} records did not reach it; metrics.jsonl has every step"
@@ -90,11 +96,13 @@ class TrackerProcess:
     def _run(self, kind: str, header: dict[str, Any]) -> None:
         try:
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary = tempfile.mkdtemp(prefix=f"lockstep-{kind}-")
             with self._log_file.open("a") as log:
                 # -P: the folder where the trainer was started, often one with a `wandb/` in it, must shadow nothing.
                 # A session of its own: Ctrl-C at the trainer's terminal is not meant for the tracker.
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", str(_WRITER), kind],
+                    [sys.executable, "-P", str(_WRITER), kind, self._temporary],
+                    env={**os.environ, "TMPDIR": self._temporary},
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -109,6 +117,14 @@ class TrackerProcess:
             self._feed(self._process, header)
         except OSError:  # the process has gone, or closed its input
             self._fail(self._reason(self._process) or "its process ended early")
+        self._clear()
+
+    def _clear(self) -> None:
+        """Waits for the end of the process, and removes what its libraries left."""
+        assert self._process is not None
+        self._process.wait()
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _feed(self, process: subprocess.Popen[str], header: dict[str, Any]) -> None:
         assert process.stdin is not None

@@ -1,4 +1,4 @@
-"""The process that a tracker's library runs in: `python -P writer.py wandb|tensorboard`.
+"""The process that a tracker's library runs in: `python -P writer.py wandb|tensorboard TEMPORARY_DIRECTORY`.
 
 `tracker_process.py` starts it, and has the protocol and the reasons for a process. It is run as a file and imports
 nothing of Lockstep, so that the folder it is started in does not matter.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -102,7 +104,7 @@ class TensorBoardWriter:
         self._file.close()
 
 
-def main(kind: str) -> None:
+def main(kind: str, temporary: str) -> None:
     # Only the end of the input ends this process: a job's signals are the trainer's business, and the records of its
     # last steps still have to be written.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
@@ -123,13 +125,28 @@ def main(kind: str) -> None:
                 break
             writer.write(record)
         if not orderly:
-            signal.alarm(ORPHAN_SECONDS)
+            _end_soon(temporary)
         writer.close(orderly)
+        if not orderly:  # else the trainer does it
+            shutil.rmtree(temporary, ignore_errors=True)
     except Exception as error:
-        signal.alarm(ORPHAN_SECONDS)
+        _end_soon(temporary)
         reports.write(json.dumps({"failed": f"{type(error).__name__}: {error}"}) + "\n")
         raise
 
 
+def _end_soon(temporary: str) -> None:
+    """Ends this process after a while, whatever its library is about by then."""
+
+    def end() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os._exit(1)
+
+    ending = threading.Timer(ORPHAN_SECONDS, end)
+    ending.daemon = True
+    ending.start()
+    signal.alarm(ORPHAN_SECONDS + 10)  # where a library lets no other thread run
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2])

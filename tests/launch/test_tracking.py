@@ -3,13 +3,11 @@
 import json
 import math
 import os
-import socket
 import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from launch.tracking.config import TrackingConfig
 from launch.tracking.metrics_file import read_metrics
 from launch.tracking.tracking import Tracking
 from tests.end_to_end.runs import wait_until
+from tests.launch.silent_server import silent_server
 
 FAKE_KEY = "0123456789abcdef" * 2 + "01234567"
 
@@ -193,6 +192,7 @@ from pathlib import Path
 from launch.tracking.config import TrackingConfig
 from launch.tracking.tracking import Tracking
 from tests.end_to_end.runs import wait_until
+from tests.launch.silent_server import silent_server
 config, run = TrackingConfig(**json.loads(sys.argv[1])), Path(sys.argv[2])
 steps, timeout_seconds = map(int, sys.argv[3:])
 tracking = Tracking(config, run, run_name="first", wandb_run_id="abcd1234", recipe={})
@@ -235,26 +235,6 @@ def train(
     return found
 
 
-@contextmanager
-def silent_server() -> Iterator[tuple[str, list[socket.socket]]]:
-    """Accepts and never answers."""
-    connections: list[socket.socket] = []
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def accept() -> None:
-            while True:
-                try:
-                    connections.append(server.accept()[0])
-                except OSError:
-                    return
-
-        threading.Thread(target=accept, daemon=True).start()
-        yield f"http://127.0.0.1:{server.getsockname()[1]}", connections
-        server.shutdown(socket.SHUT_RDWR)
-    for connection in connections:
-        connection.close()
-
-
 class Broken(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.send_error(500)
@@ -266,13 +246,15 @@ class Broken(BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize("mode", ["auto", pytest.param("online", marks=pytest.mark.long)])
-def test_a_hanging_wandb_stops_neither_the_steps_nor_the_exit(run: Path, mode: str) -> None:
+def test_a_hanging_wandb_stops_neither_the_steps_nor_the_exit(run: Path, tmp_path: Path, mode: str) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {"WANDB_API_KEY": FAKE_KEY, "TMPDIR": str(temporary)}
     with silent_server() as (url, connections):
         config = {"wandb": mode, "tensorboard": False}
         # more records than the queue holds
-        (problem,) = train(
-            config, run, 11_000, 2, until=lambda: bool(connections), WANDB_BASE_URL=url, WANDB_API_KEY=FAKE_KEY
-        )
+        (problem,) = train(config, run, 11_000, 2, until=lambda: bool(connections), WANDB_BASE_URL=url, **environment)
+    assert list(temporary.iterdir()) == []
     assert problem.startswith("W&B: did not finish in time")
     assert [path for path in run.rglob("*") if path.is_file() and FAKE_KEY.encode() in path.read_bytes()] == []
 
