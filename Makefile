@@ -1,6 +1,6 @@
 # `make train` and `make test` do all set-up themselves; it is redone only when what it depends on changes.
 .DELETE_ON_ERROR:
-.PHONY: train test test-all lint types setup clean
+.PHONY: train test test-all chaos lint types setup clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,6 +15,12 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/pytest $(PYTEST_OPTIONS)
+
+# Faults on purpose: a case for every seed, FIRST being the first of them, and a table of what became of each.
+SEEDS ?= 100
+FIRST ?= 0
+chaos: $(READY)
+	$(BIN)/python -m tests.chaos.campaign --seeds $(SEEDS) --first $(FIRST) --out benchmarks/results/chaos
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -164,7 +164,7 @@ class Switched:
         return pair
 
     wait_until_ready: Callable[[], None]
-    finish: Callable[[], tuple[float, float]]
+    finish: Callable[[], tuple[float, float, float]]
 
     def run_block(self, steps: int) -> float:
         return self._shared.run_block(steps, heartbeats=self.name == SUPERVISED)

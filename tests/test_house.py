@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,3 +163,25 @@ def test_no_silent_except() -> None:
             if isinstance(node, ast.ExceptHandler) and isinstance(node.body[0], ast.Pass):
                 silent.append(f"{name_of(path)}:{node.lineno}")
     assert silent == []
+
+
+FAULT_TABLE = ROOT / "tests" / "chaos" / "FAULTS.md"
+
+
+def fault_rows() -> list[list[str]]:
+    """The cells of each row: number, fault, what must come of it, shown by."""
+    lines = [line for line in FAULT_TABLE.read_text().splitlines() if re.match(r"\| \d+ \|", line)]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_every_fault_has_its_row_and_no_cell_is_empty() -> None:
+    rows = fault_rows()
+    assert [int(row[0]) for row in rows] == list(range(1, 26))
+    assert [row[0] for row in rows if len(row) != 4 or not all(row)] == []
+
+
+def test_the_tests_that_the_fault_table_names_exist() -> None:
+    named = [name for row in fault_rows() for name in re.findall(r"`(tests/[\w/.]+)::(\w+)`", row[3])]
+    assert len(named) > 40
+    missing = [f"{file}::{test}" for file, test in named if f"def {test}(" not in (ROOT / file).read_text()]
+    assert missing == []
