@@ -116,7 +116,7 @@ byte by byte, `lockstep data audit` proves the samples, and no process and no te
 `skipped`: the step is, on all ranks, nothing else is, and it is said. `78, then identical`: the run ends with 78,
 all that it had published verifies, and once what was broken is mended the same command ends as identical.
 The recovery is from the fault to the end of the first step after it; workers are forked from a process that has
-imported what they import, so the seconds of their imports are not in it.
+imported what they import, so the seconds of their imports are not in it, but where the dataset is remote.
 
 {chr(10).join(summary)}
 
