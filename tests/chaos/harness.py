@@ -152,6 +152,8 @@ class CaseSite:
 
     def launch(self, *overrides: str) -> int:
         """Starts the run, or goes on with it; returns the exit code, negative for a signal."""
+        if self.case.fault == "SIGSTOP of a rank":
+            overrides = (*overrides, "run.hang_timeout_seconds=2")
         asked = [f"run.directory={self.run}", *overrides, "--resume", "auto", "--workers", WORLD_SIZE]
         before = self.attempts
         code = self.command("train", self._recipe, *asked)

@@ -84,7 +84,10 @@ FAULTS = (
     "clock that jumps",
     "NaN",
     "hung tracker",
+    "SIGSTOP of a rank",
 )
+# They wait for limits: of half a minute, and of seconds.
+NOT_DRAWN = ("hung tracker", "SIGSTOP of a rank")
 
 
 def run_place(directory: Path) -> Path:
@@ -106,8 +109,8 @@ def cache_place(directory: Path) -> Path:
 def case_of_seed(seed: int, directory: Path) -> Case:
     """The fault, phase, step and rank that a seed stands for, in a directory that is not there yet."""
     choose = random.Random(f"chaos {seed}")
-    # Each fault comes once in so many seeds in turn; a hung tracker takes half a minute and is not drawn.
-    fault = [name for name in FAULTS if name != "hung tracker"][seed % (len(FAULTS) - 1)]
+    drawn = [name for name in FAULTS if name not in NOT_DRAWN]
+    fault = drawn[seed % len(drawn)]
     return make_case(fault, choose, directory)
 
 
@@ -167,6 +170,9 @@ def make_case(fault: str, choose: random.Random, directory: Path, phase: str | N
             # After the sum over the ranks it is the same on all of them; before, one is enough.
             rank = None if phase == "reduce" else choose.randrange(WORLD_SIZE)
             return Case(fault, (Happening(phase, choose.randrange(STEPS), rank, [("poison", {})]),), "skipped")
+        case "SIGSTOP of a rank":
+            stop: Action = ("send", {"number": int(signal.SIGSTOP)})
+            return Case(fault, (_at(_place(choose, phase, first_step=1), [stop]),), "identical")
         case "hung tracker":
             return Case(fault, (_at(_place(choose, phase), [_KILL]),), "identical", hung_tracker=True)
     raise ValueError(f"no fault {fault!r}; there are {', '.join(FAULTS)}")

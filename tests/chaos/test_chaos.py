@@ -28,6 +28,7 @@ EVIDENCE = {
     "flipped bit in the cache of a remote dataset": "altered in the cache; fetching it again",
     "deleted shard": "missing",
     "read-only disk": "a checkpoint could not be written (Read-only file system)",
+    "SIGSTOP of a rank": " hung in ",
     "hung tracker": "W&B: did not finish in time",
 }
 KILLS = ("SIGKILL of a rank", "SIGKILL of the launcher", "SIGKILL of launcher and ranks")
@@ -46,6 +47,7 @@ LONG = [
     *(("USR1 to a rank", phase) for phase in ("data", "save.manifest", "start")),
     *(("SIGSTOP of a rank, then SIGCONT", phase) for phase in ("backward", "save.write", "load")),
     *(("no room for a checkpoint, for a while", phase) for phase in ("save.write", "save.manifest")),
+    *(("SIGSTOP of a rank", phase) for phase in ("backward", "save.write")),
     ("files limited in size, for a while", None),
     *(("no room for a checkpoint", phase) for phase in ("step", "save.write")),
     ("no room at all", "reduce"),

@@ -6,7 +6,17 @@ import random
 import sys
 from pathlib import Path
 
-from tests.chaos.plan import ENDING_BY_SIGNAL, FAULTS, PHASES, SAVING, STEPS, TRAINING, case_of_seed, make_case
+from tests.chaos.plan import (
+    ENDING_BY_SIGNAL,
+    FAULTS,
+    NOT_DRAWN,
+    PHASES,
+    SAVING,
+    STEPS,
+    TRAINING,
+    case_of_seed,
+    make_case,
+)
 
 HERE = Path("/case")
 
@@ -25,7 +35,7 @@ def test_seeds_hold_every_fault_at_every_phase_and_rank() -> None:
         seen.add((case.fault, main.phase, main.rank))
         for happening in case.happenings:
             assert happening.step is None or 0 <= happening.step <= STEPS
-    assert {fault for fault, _, _ in seen} == set(FAULTS) - {"hung tracker"}
+    assert {fault for fault, _, _ in seen} == set(FAULTS) - set(NOT_DRAWN)
     for fault in ENDING_BY_SIGNAL:
         assert {phase for name, phase, _ in seen if name == fault} == set(PHASES)
         assert {rank for name, _, rank in seen if name == fault} == {0, 1}
