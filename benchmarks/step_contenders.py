@@ -28,6 +28,7 @@ from data.stream import Stream
 from distrib.engine import Engine, EngineSetup
 from distrib.engines import make_engine
 from distrib.initialisation import make_initialised_model
+from distrib.launchers import Launch
 from distrib.phases import Moment, observe
 from distrib.world import World, join_world, leave_world
 from launch.attempt import Attempt
@@ -120,11 +121,6 @@ class Job:
 
 def run_contender(connection: Connection, job: Job) -> None:
     """The life of one process of a contender: set up, run blocks when the gate opens, tell the probe loss."""
-    if job.table.processes > 1:
-        os.environ.update(
-            RANK=str(job.rank), WORLD_SIZE=str(job.table.processes), LOCAL_RANK=str(job.rank),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job.port),
-        )  # fmt: skip
     if job.board is not None:
         _switch.heartbeat = Heartbeat(os.open(f"/proc/{os.getppid()}/fd/{job.board}", os.O_RDWR), job.rank)
         _switch.clock = time.process_time
@@ -132,7 +128,7 @@ def run_contender(connection: Connection, job: Job) -> None:
     torch.set_num_threads(job.table.threads)
     config = _config(job)
     materials = open_materials(config, {"": LocalStore(job.dataset)})
-    world = join_world("cpu")
+    world = join_world(Launch("benchmark", job.rank, job.table.processes, job.rank, "127.0.0.1", job.port), "cpu")
     run = _run_bare if job.contender == BARE else _run_lockstep
     module, watching_ms = run(job, config, materials, world, connection)
     probe_loss = _probe_loss(module, job)

@@ -38,7 +38,7 @@ ENGINES: dict[str, Capabilities] = {
         compile=True,
         hybrid=True,
         deepspeed_config=False,
-        launchers=("lockstep train", "python -m launch.train", "torchrun", "accelerate launch"),
+        launchers=("lockstep train", "python -m launch.train", "torchrun", "deepspeed", "accelerate launch", "srun"),
     ),
     "deepspeed": Capabilities(
         zero_stages=_ALL_STAGES,
@@ -48,7 +48,7 @@ ENGINES: dict[str, Capabilities] = {
         compile=True,
         hybrid=False,
         deepspeed_config=True,
-        launchers=("lockstep train", "deepspeed"),
+        launchers=("lockstep train", "deepspeed", "srun"),
     ),
     "accelerate": Capabilities(
         zero_stages=frozenset({0}),
@@ -58,7 +58,7 @@ ENGINES: dict[str, Capabilities] = {
         compile=True,
         hybrid=False,
         deepspeed_config=False,
-        launchers=("lockstep train", "accelerate launch"),
+        launchers=("lockstep train", "accelerate launch", "srun"),
         not_run=("GPUs", "several hosts", "sharding by Accelerate"),
     ),
 }

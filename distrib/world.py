@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -14,8 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distrib.capabilities import count_shards
 from distrib.config import ParallelConfig
+from distrib.launchers import ALONE, Launch, choose_gpu
+from distrib.meeting import explain, meet
 
-_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _to_let_go: list[Callable[[], None]] = []
 
 
@@ -83,30 +83,28 @@ class World:
         return [int(value) for value in total.tolist()]
 
 
-def join_world(device_kind: str = "auto", parallel: ParallelConfig | None = None) -> World:
-    """Joins the run that the launcher's variables describe (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT);
-    without any of them this process is the whole run. `device_kind`: auto, cpu or cuda.
+def join_world(launch: Launch, device_kind: str = "auto", parallel: ParallelConfig | None = None) -> World:
+    """Joins the run that `launch` describes. `device_kind`: auto, cpu or cuda.
 
-    Raises ValueError for half-set variables and for a device that is not there, ConnectionError where the others cannot
-    be reached within the timeout.
+    Raises ValueError for a device that is not there, ConnectionError where the others cannot be reached within the
+    timeout.
     """
     parallel = parallel or ParallelConfig()
-    rank, size, local_rank = _read_launcher_variables()
-    shards = count_shards(parallel, size)
-    device = _choose_device(device_kind, local_rank)
+    shards = count_shards(parallel, launch.size)
+    device = _choose_device(device_kind, launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if size == 1:
+    if launch.size == 1:
         return _world_alone(device)
     timeout = timedelta(seconds=parallel.timeout_seconds)
+    store = meet(launch, timeout)
     try:
-        dist.init_process_group(_backend(device), rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(
+            _backend(device), store=store, rank=launch.rank, world_size=launch.size, timeout=timeout
+        )
     except dist.DistError as error:
-        meeting_point = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ConnectionError(
-            f"rank {rank} of {size} could not meet the others at {meeting_point}: {str(error).splitlines()[0]}"
-        ) from None
-    return world_of_group(local_rank, device, timeout, shards)
+        raise ConnectionError(explain(launch, error)) from None
+    return world_of_group(launch.local_rank, device, timeout, shards)
 
 
 def world_of_group(local_rank: int, device: torch.device, timeout: timedelta, shards: int = 1) -> World:
@@ -119,7 +117,7 @@ def world_of_group(local_rank: int, device: torch.device, timeout: timedelta, sh
 
 def single_process_world(device_kind: str = "auto") -> World:
     """This process alone, whatever a launcher set."""
-    return _world_alone(_choose_device(device_kind, 0))
+    return _world_alone(_choose_device(device_kind, Launch(ALONE)))
 
 
 def _world_alone(device: torch.device) -> World:
@@ -151,36 +149,9 @@ def _backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def _read_launcher_variables() -> tuple[int, int, int]:
-    present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
-    if "RANK" not in present and "WORLD_SIZE" not in present:
-        # `accelerate launch` sets these two together only where it was asked for several processes and starts one.
-        if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in present:
-            raise ValueError(
-                "`accelerate launch` was asked for several processes and started one, as it does with --cpu; "
-                "give it --multi_gpu (on a CPU too) in place of --cpu, or start with `lockstep train --workers N`"
-            )
-        return 0, 1, 0
-    missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
-    if missing:
-        raise ValueError(
-            f"launcher variables are half set: {', '.join(present)} without {', '.join(missing)}; "
-            "start with torchrun or `lockstep train`, or unset them all"
-        )
-    try:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
-    except ValueError:
-        shown = " ".join(f"{name}={os.environ[name]!r}" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        raise ValueError(f"launcher variables must be whole numbers: {shown}") from None
-
-
-def _choose_device(kind: str, local_rank: int) -> torch.device:
+def _choose_device(kind: str, launch: Launch) -> torch.device:
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError("run.device=cuda, but torch sees no GPU; use run.device=cpu or auto")
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; start fewer workers"
-        )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", choose_gpu(launch, torch.cuda.device_count()))

@@ -17,7 +17,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-change", action="store_true", help="let a resumed run differ from its recipe in what may differ"
     )
-    # What launchers pass to every worker; the place is read from LOCAL_RANK.
+    # What deepspeed passes to every worker, beside LOCAL_RANK.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
 
 

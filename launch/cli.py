@@ -247,10 +247,12 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction[argparse.Argum
 
 def _train(arguments: argparse.Namespace) -> int:
     from distrib.capabilities import count_shards
+    from distrib.launchers import refuse_to_start_workers
     from launch.recipe import load_recipe
     from launch.run_directory import decide_resume
     from launch.supervisor import default_workers, supervise
 
+    refuse_to_start_workers(one_process=arguments.debug)
     if arguments.debug:
         if arguments.workers is not None:
             raise ValueError(f"--workers {arguments.workers}: has no effect with --debug (one process); remove it")
@@ -270,6 +272,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _debug(arguments: argparse.Namespace) -> int:
+    from distrib.launchers import Launch
     from launch.recipe import load_recipe
     from launch.run_directory import decide_resume
     from launch.train import run_worker
@@ -279,7 +282,8 @@ def _debug(arguments: argparse.Namespace) -> int:
     import torch
 
     torch.autograd.set_detect_anomaly(True)
-    return run_worker(config, decide_resume(config, arguments.resume), allow_change=arguments.allow_change)
+    resume = decide_resume(config, arguments.resume)
+    return run_worker(config, resume, Launch("lockstep train --debug"), allow_change=arguments.allow_change)
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from distrib.launchers import Launch, read_launch
 from launch.checks import Check, as_table
 from launch.config import RunConfig
 from launch.disk import existing_part
@@ -53,13 +54,14 @@ def examine_machine(config: RunConfig | None, *, workers: int | None, device: st
     """
     begun = time.monotonic()
     directory = _run_directory(config)
-    launched = "RANK" in os.environ or "WORLD_SIZE" in os.environ
+    launch = read_launch()
+    launched = launch.address is not None
     if launched and workers is not None:
         raise ValueError(
             f"--workers {workers}: a launcher has started this process already (RANK is set); remove one of them"
         )
     if launched:
-        speaks, measured = _measure_in_this_process(device, directory)
+        speaks, measured = _measure_in_this_process(launch, device, directory)
         if not speaks:
             return FAILED if _any_broken(measured) else DONE
     else:
@@ -165,14 +167,14 @@ def _wandb(environment: Any) -> Check:
 # --- what the workers measure ------------------------------------------------------------------------------------------
 
 
-def _measure_in_this_process(device: str, directory: Path) -> tuple[bool, list[Check]]:
+def _measure_in_this_process(launch: Launch, device: str, directory: Path) -> tuple[bool, list[Check]]:
     """As a worker of a launcher: whether this one speaks for all, and what all have found."""
     from distrib.config import ParallelConfig
     from distrib.world import join_world, leave_world
     from launch.examination import examine
 
     try:
-        world = join_world(device, ParallelConfig(timeout_seconds=_MEETING_SECONDS))
+        world = join_world(launch, device, ParallelConfig(timeout_seconds=_MEETING_SECONDS))
     except (ValueError, ConnectionError) as error:
         return True, [Check("workers", "broken", str(error), "see what the launcher sets")]
     checks = [*_cuda(), *examine(world, directory)]
@@ -238,13 +240,11 @@ def _measure_in_workers(workers: int, device: str, directory: Path) -> list[Chec
 
 def _work(connection: Connection, rank: int, workers: int, port: int, device: str, directory: Path) -> None:
     """A worker's life: as if a launcher had started it."""
+    launch = Launch("lockstep doctor")
     if workers > 1:
-        os.environ.update(
-            RANK=str(rank), WORLD_SIZE=str(workers), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(workers),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        )  # fmt: skip
+        launch = Launch("lockstep doctor", rank, workers, rank, "127.0.0.1", port)
     try:
-        connection.send(_measure_in_this_process(device, directory)[1])
+        connection.send(_measure_in_this_process(launch, device, directory)[1])
     except Exception as error:  # told as what is broken, by the process that speaks
         connection.send(
             f"rank {rank}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason'}"

@@ -9,6 +9,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 
+from distrib.launchers import Launch, read_launch
 from distrib.phases import SAVING_THREAD
 from launch.arguments import add_training_arguments, parse_with_overrides
 from launch.config import RunConfig
@@ -27,18 +28,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.train", allow_abbrev=False, description=__doc__)
     add_training_arguments(parser)
     arguments = parse_with_overrides(parser, argv)
-    rank = os.environ.get("RANK", "0")
+    launch: Launch | None = None
     try:
+        launch = read_launch(local_rank_argument=arguments.local_rank)
         config = load_recipe(arguments.recipe, arguments.overrides)
         resume = decide_resume(config, arguments.resume)
     except ValueError as error:
-        if rank == "0":
+        if launch is None or launch.rank == 0:
             print(f"lockstep: error: {error}", file=sys.stderr)
         return USAGE
-    return run_worker(config, resume, allow_change=arguments.allow_change)
+    return run_worker(config, resume, launch, allow_change=arguments.allow_change)
 
 
-def run_worker(config: RunConfig, resume: Resume, *, allow_change: bool) -> int:
+def run_worker(config: RunConfig, resume: Resume, launch: Launch, *, allow_change: bool) -> int:
     """Joins the world that the launcher described, trains, and turns whatever happens into an exit code."""
     supervised = supervised_by()
     stop = StopRequest()
@@ -48,10 +50,11 @@ def run_worker(config: RunConfig, resume: Resume, *, allow_change: bool) -> int:
 
     from distrib.world import join_world, leave_world
     from launch.ending import ending_of_failure
+    from launch.roll_call import call_roll
     from launch.training import run_attempt
 
     try:
-        world = join_world(config.run.device, config.parallel)
+        world = join_world(launch, config.run.device, config.parallel)
     except ValueError as error:
         print(f"lockstep: error: {error}", file=sys.stderr)
         return USAGE
@@ -59,6 +62,7 @@ def run_worker(config: RunConfig, resume: Resume, *, allow_change: bool) -> int:
         print(f"lockstep: error: {error}", file=sys.stderr)
         return FAILED
     try:
+        call_roll(world, launch)
         ending, _ = run_attempt(
             config, resume, allow_change=allow_change, world=world, stop=stop, supervised=supervised
         )

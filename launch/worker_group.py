@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from distrib.launchers import STARTED_BY_LOCKSTEP
 from launch.clock import LAUNCHED
 from launch.exit_codes import DONE, STOPPED_EARLY
 from launch.hangs import Hang, HangWatch, Limits, find_cause
@@ -145,6 +146,7 @@ class WorkerGroup:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            STARTED_BY_LOCKSTEP: "1",
             LAUNCHED: str(launched),
             SUPERVISOR: f"{os.getpid()} {self._board.descriptor} {stacks} {restarts}",
         }

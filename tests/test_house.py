@@ -39,7 +39,9 @@ WITHOUT_TORCH = (
     "data.prepare",
     "distrib.capabilities",
     "distrib.engine_table",
+    "distrib.launchers",
     "distrib.manifest",
+    "distrib.ports",
 )
 CONFIGS = (
     "data.config",

@@ -20,6 +20,7 @@ from distrib.accelerate_engine import AccelerateEngine
 from distrib.accelerate_file import config_file
 from distrib.config import OptimizerConfig, ParallelConfig
 from distrib.engine import EngineSetup
+from distrib.launchers import read_launch
 from distrib.native import NativeEngine
 from distrib.world import World, join_world, single_process_world
 from tests.distrib.engine_runs import (
@@ -345,16 +346,8 @@ def test_engines_in_one_process_follow_each_other(gloo_pool: WorkerPool, world_s
 def test_a_launcher_s_lone_worker_makes_no_process_group() -> None:
     variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     with patch.dict(os.environ, variables):
-        take_step(make_engine(join_world("cpu"), ADAMW_CLIPPED, AccelerateEngine), 0, 7)
+        take_step(make_engine(join_world(read_launch(), "cpu"), ADAMW_CLIPPED, AccelerateEngine), 0, 7)
     assert not torch.distributed.is_initialized()
-
-
-def test_one_process_where_accelerate_launch_was_asked_for_several_is_refused() -> None:
-    variables = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    with patch.dict(os.environ, variables), pytest.raises(ValueError, match="was asked for several processes"):
-        join_world("cpu")
-    with patch.dict(os.environ, {"ACCELERATE_USE_CPU": "True"}):
-        assert join_world("cpu").size == 1
 
 
 def test_a_missing_package_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

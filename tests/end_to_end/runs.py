@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,16 @@ from launch.tracking.metrics_file import read_metrics
 LOCKSTEP = str(Path(sys.executable).parent / "lockstep")
 # Only ever reached where something hangs.
 TIMEOUT_SECONDS = 200.0
-_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "CROSS_SIZE",
+)
+_LAUNCHER_PREFIXES = ("SLURM", "TORCHELASTIC_", "ACCELERATE_", "OMPI_", "PMI_", "LOCKSTEP_")
 WORDS = (
     "the",
     "cat",
@@ -83,7 +93,11 @@ def write_recipe(path: Path, recipe: Mapping[str, Any]) -> Path:
 
 def environment(**extra: str) -> dict[str, str]:
     """The tests' own environment without a launcher's variables, with one thread a process."""
-    kept = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _LAUNCHER_VARIABLES and not name.startswith(_LAUNCHER_PREFIXES)
+    }
     return {**kept, "OMP_NUM_THREADS": "1", **extra}
 
 
@@ -119,6 +133,31 @@ def command(*arguments: object, cwd: Path, env: Mapping[str, str] | None = None)
     with started(*arguments, cwd=cwd, env=env) as process:
         out, err = process.communicate(timeout=TIMEOUT_SECONDS)
     return Result(process.returncode, out, err)
+
+
+def side_by_side(
+    commands: Sequence[Sequence[object]], *, cwd: Path, envs: Sequence[Mapping[str, str] | None]
+) -> list[Result]:
+    """Runs several commands at once, as the nodes of a cluster do, to their ends."""
+    with ThreadPoolExecutor(len(commands)) as threads:
+        return list(threads.map(lambda words, env: command(*words, cwd=cwd, env=env), commands, envs))
+
+
+def srun_variables(tasks_per_node: Sequence[int], job: int, **extra: str) -> list[dict[str, str]]:
+    """What `srun` (Slurm 22.05) sets for each task of the first step of a job, on nodes that are all this host."""
+    nodes, tasks = len(tasks_per_node), sum(tasks_per_node)
+    places = [(node, task) for node, here in enumerate(tasks_per_node) for task in range(here)]
+    listed = f"127.0.0.[1-{nodes}]" if nodes > 1 else "127.0.0.1"
+    return [
+        {
+            "SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": listed, "SLURM_JOB_NUM_NODES": str(nodes),
+            "SLURM_NNODES": str(nodes), "SLURM_NODEID": str(node), "SLURMD_NODENAME": f"127.0.0.{node + 1}",
+            "SLURM_NTASKS": str(tasks), "SLURM_NPROCS": str(tasks), "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(task),
+            "SLURM_STEPID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": listed, "SLURM_STEP_NUM_NODES": str(nodes),
+            "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_STEP_TASKS_PER_NODE": ",".join(map(str, tasks_per_node)), **extra,
+        }
+        for rank, (node, task) in enumerate(places)
+    ]  # fmt: skip
 
 
 def lockstep(*arguments: object, cwd: Path, **keywords: Any) -> Result:

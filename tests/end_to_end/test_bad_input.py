@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import socket
@@ -21,11 +22,18 @@ from tests.end_to_end.runs import (
     final_bytes,
     history,
     lockstep,
+    srun_variables,
     started,
     wait_for_step,
     write_recipe,
 )
 from tests.end_to_end.user_models import write_user_package
+
+# What torchrun, with one node, sets for the first of its two workers.
+TORCHRUN = {
+    "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "none",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -224,13 +232,36 @@ def test_two_processes_cannot_share_a_run(recipe: Path, tmp_path: Path) -> None:
             {"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
             ["WORLD_SIZE='two'"],
         ),
+        (
+            srun_variables([2, 2], 7)[3] | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+            ["half set", "MASTER_ADDR"],
+        ),
+        (srun_variables([2, 2], 7)[3] | {"SLURM_STEP_NUM_TASKS": "3"}, ["SLURM_PROCID=3 is not below"]),
+        (
+            srun_variables([2, 2], 7)[3] | TORCHRUN,
+            ["two launchers contradict each other: torchrun knows of one node", "task 3 of 4 of Slurm's step 7.0"],
+        ),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, ["SLURM_NTASKS=2, but srun did not start"]),
     ],
 )
-def test_half_set_launcher_variables(
+def test_launcher_variables_that_contradict_each_other(
     warm: WarmProcess, variables: dict[str, str], parts: list[str], recipe: Path, tmp_path: Path
 ) -> None:
     ended = warm.worker(recipe, "run.directory=run", cwd=tmp_path, env=environment(**variables))
     ended.failed_with(2, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_local_rank_that_contradicts_the_launcher_s(warm: WarmProcess, recipe: Path, tmp_path: Path) -> None:
+    arguments = ["--local_rank=1", recipe, "run.directory=run"]
+    ended = warm.worker(*arguments, cwd=tmp_path, env=environment(**TORCHRUN))
+    ended.failed_with(2, "--local_rank=1 contradicts local rank 0, which torchrun gave")
+
+
+def test_workers_are_started_by_one_launcher(warm: WarmProcess, recipe: Path, tmp_path: Path) -> None:
+    for variables, launcher in ((srun_variables([2], 7)[1], "srun"), (TORCHRUN, "torchrun")):
+        ended = warm.lockstep("train", recipe, "run.directory=run", cwd=tmp_path, env=environment(**variables))
+        ended.failed_with(2, f"{launcher} has started 2 of it; start `python -m launch.train` in its place")
     assert not (tmp_path / "run").exists()
 
 
@@ -241,7 +272,14 @@ def test_a_meeting_point_that_is_taken(warm: WarmProcess, recipe: Path, tmp_path
         port = str(taken.getsockname()[1])
         variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         ended = warm.worker(recipe, "run.directory=run", cwd=tmp_path, env=environment(**variables))
-    ended.failed_with(1, f"rank 0 of 2 could not meet the others at 127.0.0.1:{port}", "EADDRINUSE")
+    ended.failed_with(1, f"port {port}, at which the workers were to meet", f"is in use by process {os.getpid()} (")
+
+
+def test_a_meeting_point_that_nobody_knows(warm: WarmProcess, recipe: Path, tmp_path: Path) -> None:
+    """The name of a node that is none of a host; the others would look for it until the timeout."""
+    task = srun_variables([1, 1], 7)[1] | {"SLURM_STEP_NODELIST": "no-such-host.invalid,n2"}
+    ended = warm.worker(recipe, "run.directory=run", cwd=tmp_path, env=environment(**task))
+    ended.failed_with(1, "rank 1 of 2 does not know no-such-host.invalid", "set MASTER_ADDR")
 
 
 def test_workers_that_never_come(warm: WarmProcess, recipe: Path, tmp_path: Path) -> None:

@@ -3,51 +3,107 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import re
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distrib.capabilities import ENGINES
-from tests.end_to_end.runs import LOCKSTEP, command, digests, environment, losses, write_recipe
+from distrib.slurm_variables import SlurmStep, meeting_port
+from tests.end_to_end.runs import (
+    LOCKSTEP,
+    command,
+    digests,
+    environment,
+    losses,
+    side_by_side,
+    srun_variables,
+    write_recipe,
+)
 
 STEPS = 8
+# Stand for a port that is free when the launchers start, alone or with this host's address, for the number of the node that
+# a launcher runs on, and for a file of hosts.
+FREE_PORT, ENDPOINT, NODE, HOSTFILE = object(), object(), object(), object()
+WORKER: list[object] = [sys.executable, "-m", "launch.train"]
+TORCHRUN: list[object] = [sys.executable, "-m", "torch.distributed.run"]
+TORCHRUN_ON_TWO_NODES: list[object] = [
+    *TORCHRUN, "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-endpoint", ENDPOINT, "-m", "launch.train",
+]  # fmt: skip
 # Without --multi_gpu it would start one process, on a CPU too. Everything is given, so that no defaults need to be told.
 ACCELERATE_LAUNCH: list[object] = [
     sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 2, "--num_machines", 1,
     "--main_process_port", 0, "--mixed_precision", "no", "--dynamo_backend", "no",
 ]  # fmt: skip
-# Stands for a port that is free when the launcher starts.
-FREE_PORT = object()
-DEEPSPEED_LAUNCH: list[object] = [
-    sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", 2, "--master_port", FREE_PORT, "--module",
-    "launch.train",
+ACCELERATE_ON_TWO_NODES: list[object] = [
+    sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 2, "--num_machines", 2, "--machine_rank", NODE,
+    "--main_process_ip", "127.0.0.1", "--main_process_port", FREE_PORT, "--same_network", "--mixed_precision", "no",
+    "--dynamo_backend", "no", "--multi_gpu", "-m", "launch.train",
 ]  # fmt: skip
+DEEPSPEED_LAUNCH: list[object] = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", FREE_PORT]
 DEEPSPEED = ["parallel.engine=deepspeed", "parallel.zero_stage=2"]
-LAUNCHERS: dict[str, tuple[list[object], list[object], int]] = {
-    "one worker": ([LOCKSTEP, "train"], ["--workers", 1], STEPS),
-    "three workers": ([LOCKSTEP, "train"], ["--workers", 3], STEPS),
-    "python -m": ([sys.executable, "-m", "launch.train"], [], STEPS),
-    "torchrun": (
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "launch.train"],
-        [],
-        STEPS,
+
+
+@dataclass(frozen=True)
+class Start:
+    """A way to start the run: the words before the recipe and those after it."""
+
+    before: Sequence[object]
+    after: Sequence[object] = ()
+    launcher: str = "lockstep train"
+    """What the table of ranks says."""
+    workers: int = 2
+    nodes: int = 1
+    """Commands that run side by side, each as one node of a cluster would."""
+    srun: bool = False
+    """Whether these are the tasks of a step of Slurm."""
+    steps: int = STEPS
+
+
+STARTS = {
+    "one worker": Start([LOCKSTEP, "train"], ["--workers", 1], workers=1),
+    "three workers": Start([LOCKSTEP, "train"], ["--workers", 3], workers=3),
+    "python -m": Start(WORKER, launcher="python -m launch.train", workers=1),
+    "torchrun": Start([*TORCHRUN, "--standalone", "--nproc-per-node", 2, "-m", "launch.train"], launcher="torchrun"),
+    "torchrun on two nodes": Start(TORCHRUN_ON_TWO_NODES, launcher="torchrun", nodes=2),
+    "debug": Start([LOCKSTEP, "train"], ["--debug"], "lockstep train --debug", workers=1, steps=5),
+    "srun": Start(WORKER, launcher="srun", nodes=2, srun=True),
+    "srun torchrun": Start(TORCHRUN_ON_TWO_NODES, launcher="torchrun", nodes=2, srun=True),
+    "srun of the deepspeed engine": Start(WORKER, DEEPSPEED, launcher="srun", nodes=2, srun=True),
+    "srun of the accelerate engine": Start(
+        WORKER, ["parallel.engine=accelerate"], launcher="srun", nodes=2, srun=True
     ),
-    "debug": ([LOCKSTEP, "train"], ["--debug"], 5),
-    "deepspeed engine": ([LOCKSTEP, "train"], [*DEEPSPEED, "--workers", 3], STEPS),
-    "deepspeed launcher": (DEEPSPEED_LAUNCH, [*DEEPSPEED], STEPS),
-    "accelerate engine": ([LOCKSTEP, "train"], ["parallel.engine=accelerate", "--workers", 3], STEPS),
-    "accelerate launch": (
-        [*ACCELERATE_LAUNCH, "--multi_gpu", "-m", "launch.train"],
-        ["parallel.engine=accelerate"],
-        STEPS,
+    "deepspeed engine": Start([LOCKSTEP, "train"], [*DEEPSPEED, "--workers", 3], workers=3),
+    "deepspeed launcher": Start(
+        [*DEEPSPEED_LAUNCH, "--num_gpus", 2, "--module", "launch.train"], DEEPSPEED, "deepspeed"
     ),
-    "accelerate launch of the native engine": ([*ACCELERATE_LAUNCH, "--multi_gpu", "-m", "launch.train"], [], STEPS),
-}
-LONG = ["deepspeed engine", "deepspeed launcher", "accelerate engine", "accelerate launch of the native engine"]
+    "deepspeed launcher with a hostfile": Start(
+        [*DEEPSPEED_LAUNCH, "--hostfile", HOSTFILE, "--include", "localhost:0,1", "--no_ssh_check", "--master_addr",
+         "127.0.0.1", "--module", "launch.train"], launcher="deepspeed",
+    ),
+    "deepspeed launcher on two nodes": Start(
+        [*DEEPSPEED_LAUNCH, "--hostfile", HOSTFILE, "--num_gpus", 1, "--no_ssh", "--node_rank", NODE, "--master_addr",
+         "127.0.0.1", "--module", "launch.train"], DEEPSPEED, "deepspeed", nodes=2,
+    ),
+    "accelerate engine": Start([LOCKSTEP, "train"], ["parallel.engine=accelerate", "--workers", 3], workers=3),
+    "accelerate launch": Start(
+        [*ACCELERATE_LAUNCH, "--multi_gpu", "-m", "launch.train"], ["parallel.engine=accelerate"], "accelerate launch"
+    ),
+    "accelerate launch on two nodes": Start(
+        ACCELERATE_ON_TWO_NODES, ["parallel.engine=accelerate"], "accelerate launch", nodes=2
+    ),
+    "accelerate launch of the native engine": Start(
+        [*ACCELERATE_LAUNCH, "--multi_gpu", "-m", "launch.train"], launcher="accelerate launch"
+    ),
+}  # fmt: skip
+SHORT = ["three workers", "python -m", "torchrun", "debug", "srun", "accelerate launch"]
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +117,30 @@ def recipe_without_chance(
 
 @pytest.fixture(scope="module")
 def reference(recipe_without_chance: Path) -> Path:
-    return launch("one worker", recipe_without_chance)
+    return launch("one worker", recipe_without_chance)[0]
 
 
-def launch(launcher: str, recipe: Path) -> Path:
-    before, after, _ = LAUNCHERS[launcher]
-    before = [free_port() if word is FREE_PORT else word for word in before]
-    run = recipe.parent / launcher.replace(" ", "-")
-    command(
-        *before, recipe, f"run.directory={run}", *after, cwd=recipe.parent, env=unconfigured(run.parent)
-    ).succeeded()
-    return run
+def launch(name: str, recipe: Path) -> tuple[Path, str]:
+    """Starts the run, and returns its directory and what was printed on stderr."""
+    start, folder = STARTS[name], recipe.parent
+    run = folder / name.replace(" ", "-")
+    (folder / "hosts").write_text("localhost slots=2\n127.0.0.1 slots=2\n")
+    port = free_port()
+    envs = [unconfigured(folder) for _ in range(start.nodes)]
+    if start.srun:
+        envs = [env | task for env, task in zip(envs, srun_variables([1] * start.nodes, job=os.getpid()), strict=True)]
+    meanings = {FREE_PORT: port, ENDPOINT: f"127.0.0.1:{port}", HOSTFILE: folder / "hosts"}
+    lines = [
+        [
+            *({**meanings, NODE: node}.get(word, word) for word in start.before),
+            recipe,
+            f"run.directory={run}",
+            *start.after,
+        ]
+        for node in range(start.nodes)
+    ]
+    ended = side_by_side(lines, cwd=folder, envs=envs)
+    return run, "".join(result.succeeded().err for result in ended)
 
 
 def free_port() -> int:
@@ -86,35 +155,51 @@ def unconfigured(directory: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "launcher",
-    [
-        pytest.param(name, marks=[pytest.mark.long] if name in LONG else [])
-        for name in LAUNCHERS
-        if name != "one worker"
-    ],
+    "name",
+    [pytest.param(name, marks=[] if name in SHORT else [pytest.mark.long]) for name in STARTS if name != "one worker"],
 )
-def test_every_launcher_gives_the_same_run(launcher: str, recipe_without_chance: Path, reference: Path) -> None:
-    run = launch(launcher, recipe_without_chance)
-    steps = LAUNCHERS[launcher][2]
-    assert digests(run) == digests(reference)[:steps]
-    assert losses(run) == pytest.approx(losses(reference)[:steps], rel=1e-6)
+def test_every_launcher_gives_the_same_run(name: str, recipe_without_chance: Path, reference: Path) -> None:
+    run, err = launch(name, recipe_without_chance)
+    start = STARTS[name]
+    assert digests(run) == digests(reference)[: start.steps]
+    assert losses(run) == pytest.approx(losses(reference)[: start.steps], rel=1e-6)
     assert json.loads((run / "outcome.json").read_text())["exit_code"] == 0
+    assert table_of_ranks(err) == [
+        "rank  host  device  launcher",
+        f"{'0' if start.workers == 1 else f'0-{start.workers - 1}'}  {platform.node()}  "
+        f"{'cpu' if start.workers == 1 else f'{start.workers} x cpu'}  {start.launcher}",
+    ]
+    if name == "srun":
+        assert f"met at 127.0.0.1:{meeting_port({}, SlurmStep(0, 2, 0, os.getpid(), 0))}" in err.splitlines()
+
+
+def table_of_ranks(err: str) -> list[str]:
+    """The table that a run of few hosts prints, which must be there once, with two spaces between its columns."""
+    lines = err.splitlines()
+    (begin,) = (number for number, line in enumerate(lines) if line.startswith("rank "))
+    return [re.sub("  +", "  ", line) for line in lines[begin : begin + 2]]
 
 
 def test_the_launchers_that_an_engine_claims_are_tried_here() -> None:
-    words = {
-        "torch.distributed.run": "torchrun",
-        "deepspeed.launcher.runner": "deepspeed",
-        "accelerate.commands.launch": "accelerate launch",
-        LOCKSTEP: "lockstep train",
-    }
     tried = set()
-    for before, after, _ in LAUNCHERS.values():
+    for start in STARTS.values():
         engine = next(
-            (str(word).partition("=")[2] for word in after if str(word).startswith("parallel.engine=")), "native"
+            (str(word).partition("=")[2] for word in start.after if str(word).startswith("parallel.engine=")), "native"
         )
-        tried.add((engine, next((words[word] for word in before if word in words), "python -m launch.train")))
+        tried.add((engine, start.launcher.removesuffix(" --debug")))
     assert {(engine, name) for engine, able in ENGINES.items() for name in able.launchers} == tried
+
+
+@pytest.mark.long
+def test_two_jobs_of_slurm_on_one_host_do_not_meet(recipe_without_chance: Path, reference: Path) -> None:
+    """Their ids follow each other, and their tasks start together."""
+    folder, jobs = recipe_without_chance.parent, (os.getpid(), os.getpid() + 1)
+    tasks = [(job, unconfigured(folder) | task) for job in jobs for task in srun_variables([1, 1], job)]
+    lines = [[*WORKER, recipe_without_chance, f"run.directory={folder / f'job-{job}'}"] for job, _ in tasks]
+    for ended in side_by_side(lines, cwd=folder, envs=[env for _, env in tasks]):
+        ended.succeeded()
+    for job in jobs:
+        assert digests(folder / f"job-{job}") == digests(reference)
 
 
 def test_the_comparison_can_fail(recipe_without_chance: Path, reference: Path) -> None:
@@ -129,7 +214,7 @@ def test_the_comparison_can_fail(recipe_without_chance: Path, reference: Path) -
 def test_torchrun_makes_any_failure_1_but_outcome_json_keeps_the_truth(
     recipe_without_chance: Path, tmp_path: Path
 ) -> None:
-    torchrun = LAUNCHERS["torchrun"][0]
+    torchrun = STARTS["torchrun"].before
     ended = command(
         *torchrun, recipe_without_chance, "run.directory=run", "model.vocabulary_size=100", cwd=tmp_path,
         env=environment(),
