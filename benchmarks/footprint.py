@@ -27,13 +27,14 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from benchmarks.collectives import CollectiveCounter
-from benchmarks.live_memory import live_bytes, storage_bytes
+from benchmarks.live_memory import live_bytes
 from distrib.capabilities import count_shards
+from distrib.collectives import CollectiveCounter
 from distrib.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from distrib.engine import EngineSetup
 from distrib.engines import make_engine
 from distrib.footprint import Footprint, footprint
+from distrib.tensor_memory import storage_bytes
 from distrib.world import leave_world, world_of_group
 from models.build import InputShape, build_model
 from models.config import TaskConfig, TransformerConfig

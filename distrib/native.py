@@ -13,6 +13,7 @@ from distrib.blocks import blocks_of, prepare_blocks
 from distrib.copies import Copies, whole_copies
 from distrib.engine import CanonicalState, EngineSetup, MicroBatch
 from distrib.engine_base import EngineBase
+from distrib.fake_world import is_fake, let_replicas_be_fake
 from distrib.gradients import leave_out
 from distrib.initialisation import make_initialised_model, make_sharded_model
 from distrib.model_state import model_tensors
@@ -146,6 +147,9 @@ class NativeEngine(EngineBase):
 
 def _replicate(module: nn.Module, world: World, *, find_unused_parameters: bool = False) -> nn.Module:
     with quiet_ddp():
-        return DistributedDataParallel(
+        replicated = DistributedDataParallel(
             module, process_group=world.data_group, find_unused_parameters=find_unused_parameters, **DDP_OPTIONS
         )
+    if is_fake(world.data_group):
+        let_replicas_be_fake(replicated)
+    return replicated

@@ -21,6 +21,22 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
 
 
+def add_debug_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `lockstep train` alone, which can be the one process of a run itself."""
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        help="five steps in this process, where breakpoints work; shows the first batch and names what is not finite",
+    )
+    parser.add_argument(
+        "--fake-world",
+        type=int,
+        metavar="N",
+        help="with --debug: one rank of N without the others, to see its shapes, memory and collectives",
+    )
+    parser.add_argument("--fake-rank", type=int, metavar="R", help="with --fake-world: which rank (default 0)")
+
+
 def training_command_line(arguments: argparse.Namespace) -> list[str]:
     """The arguments as a worker takes them."""
     line = [arguments.recipe, *arguments.overrides]

@@ -19,6 +19,7 @@ from distrib.world import World
 from launch.clock import Clock
 from launch.config import RunConfig
 from launch.console import Progress
+from launch.debug import Debug
 from launch.ending import Ending
 from launch.evaluation import evaluate_streams
 from launch.exit_codes import DO_NOT_RESTART, RunEnded
@@ -51,11 +52,14 @@ class Attempt:
     stop: StopRequest
     feed: Feed
     clock: Clock
+    debug: Debug | None = None
     progress: Progress | None = None
     tracking: Tracking | None = None
     resumed_from: Path | None = None
     saver: Saver = field(init=False)
     health: Health = field(init=False)
+    last_step: int = field(init=False)
+    """The step that this attempt ends after."""
     saved_step: int | None = None
     """The last step whose checkpoint is known to be published."""
     save_failure: str | None = None
@@ -71,6 +75,12 @@ class Attempt:
         self.health = Health(
             self.config.health, self.engine, samples=self._samples_of_last_step, saved_step=self._newest_saved_step
         )
+        self.last_step = self.config.run.steps
+
+    @property
+    def kept(self) -> bool:
+        """Whether the run's directory stays when the attempt ends."""
+        return self.debug is None or self.debug.kept
 
     def say(self, text: str) -> None:
         """A line for the person who watches; rank 0 speaks, every rank logs."""
@@ -128,6 +138,8 @@ class Attempt:
 
     def save(self) -> None:
         """Begins to save the last committed step, once the save before is finished."""
+        if not self.kept:
+            return
         enter("save", self.ledger.step)
         begun = time.perf_counter()
         self.finish_save()

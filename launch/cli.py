@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.config import SOURCE_FORMS
-from launch.arguments import add_training_arguments, parse_with_overrides, training_command_line
+from launch.arguments import (
+    add_debug_arguments,
+    add_training_arguments,
+    parse_with_overrides,
+    training_command_line,
+)
 from launch.exit_codes import DO_NOT_RESTART, STOPPED_EARLY, USAGE
-
-_DEBUG_STEPS = 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +49,7 @@ def _make_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--workers", type=int, metavar="N", help="worker processes (default: one per GPU; without a GPU two)"
     )
-    train.add_argument("--debug", action="store_true", help="one process, no spawning, anomaly detection, five steps")
+    add_debug_arguments(train)
     train.set_defaults(run=_train)
 
     _add_prepare_command(commands)
@@ -248,15 +251,15 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction[argparse.Argum
 def _train(arguments: argparse.Namespace) -> int:
     from distrib.capabilities import count_shards
     from distrib.launchers import refuse_to_start_workers
+    from launch.debug_command import debug, refuse_alone
     from launch.recipe import load_recipe
     from launch.run_directory import decide_resume
     from launch.supervisor import default_workers, supervise
 
     refuse_to_start_workers(one_process=arguments.debug)
     if arguments.debug:
-        if arguments.workers is not None:
-            raise ValueError(f"--workers {arguments.workers}: has no effect with --debug (one process); remove it")
-        return _debug(arguments)
+        return debug(arguments)
+    refuse_alone(arguments)
     config = load_recipe(arguments.recipe, arguments.overrides)
     resume = decide_resume(config, arguments.resume)
     workers = arguments.workers if arguments.workers is not None else default_workers(config.run.device)
@@ -269,21 +272,6 @@ def _train(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     open_streams(config.data)
     return supervise(training_command_line(arguments), workers, config, resume)
-
-
-def _debug(arguments: argparse.Namespace) -> int:
-    from distrib.launchers import Launch
-    from launch.recipe import load_recipe
-    from launch.run_directory import decide_resume
-    from launch.train import run_worker
-
-    steps = min(_DEBUG_STEPS, load_recipe(arguments.recipe, arguments.overrides).run.steps)
-    config = load_recipe(arguments.recipe, [*arguments.overrides, f"run.steps={steps}", "schedule.warmup_steps=0"])
-    import torch
-
-    torch.autograd.set_detect_anomaly(True)
-    resume = decide_resume(config, arguments.resume)
-    return run_worker(config, resume, Launch("lockstep train --debug"), allow_change=arguments.allow_change)
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

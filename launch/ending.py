@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bdb
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from data.errors import CorruptData, NoRoom, Unavailable
+from distrib.finite_watch import NonFinite
 from distrib.phases import now
 from launch.exit_codes import DO_NOT_RESTART, DONE, FAILED, STOPPED_EARLY, USAGE, RunEnded
 from launch.post_mortem import describe_exception, read_post_mortem, write_post_mortem
@@ -42,7 +44,7 @@ def ending_of_failure(error: BaseException) -> Ending:
     """What an exception that ends an attempt means."""
     if isinstance(error, RunEnded):
         return Ending(error.exit_code, str(error), told_by_all=error.told_by_all)
-    if isinstance(error, CorruptData | NoRoom):
+    if isinstance(error, CorruptData | NoRoom | NonFinite):
         return Ending(DO_NOT_RESTART, str(error))
     if isinstance(error, Unavailable):
         return Ending(FAILED, str(error))
@@ -50,6 +52,8 @@ def ending_of_failure(error: BaseException) -> Ending:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or _HOST_OUT_OF_MEMORY in text:
         first_line = text[max(0, text.find(_HOST_OUT_OF_MEMORY)) :].split("\n")[0] or "no memory left"
         return Ending(DO_NOT_RESTART, f"out of memory: {first_line}; lower batch.micro_samples or the model's size")
+    if isinstance(error, bdb.BdbQuit):
+        return Ending(FAILED, "ended from the debugger")
     if isinstance(error, KeyboardInterrupt):
         return Ending(FAILED, "interrupted at once; what was saved last is intact")
     lost = isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError)

@@ -37,9 +37,9 @@ class Feed(Protocol):
         """Goes on from the `parts` that a checkpoint holds. What that changes, a line each; ValueError where it may not be."""
         ...
 
-    def check(self, plan: Plan, position: int, stop_position: int, nodes: int) -> list[str]:
-        """What will be read, and fetched to each of so many nodes, for a person, a line each; ValueError where it cannot be
-        read or may not."""
+    def check(self, plan: Plan, position: int, stop_position: int, steps: int, nodes: int) -> list[str]:
+        """What will be read up to a position, after so many steps, and fetched to each of so many nodes, for a person, a line
+        each; ValueError where it cannot be read or may not."""
         ...
 
     def open(self, plan: Plan, position: int, stop_position: int) -> Steps:
@@ -66,10 +66,10 @@ class PreparedFeed:
     def take_over(self, parts: list[dict[str, Any]] | None, checkpoint: Path, *, allow_change: bool) -> list[str]:
         return []
 
-    def check(self, plan: Plan, position: int, stop_position: int, nodes: int) -> list[str]:
+    def check(self, plan: Plan, position: int, stop_position: int, steps: int, nodes: int) -> list[str]:
         training = self._materials.training
         check_orders(plan, training)
-        return describe_epochs(self._config, plan, training, stop_position) + describe_downloads(
+        return describe_epochs(self._config, plan, training, stop_position, steps) + describe_downloads(
             plan,
             training,
             position=position,
@@ -124,7 +124,7 @@ class StreamedFeed:
             f"epochs before {epoch} is left out, and epoch {epoch} begins at the beginning of the source"
         ]
 
-    def check(self, plan: Plan, position: int, stop_position: int, nodes: int) -> list[str]:
+    def check(self, plan: Plan, position: int, stop_position: int, steps: int, nodes: int) -> list[str]:
         from data.streamed import CollectedSamples
         from data.streaming import describe_stream
 

@@ -76,8 +76,10 @@ def check_orders(plan: Plan, training: Mapping[str, Dataset]) -> None:
         order_of(stream, training[stream.name].shard_samples, segment.seed)
 
 
-def describe_epochs(config: RunConfig, plan: Plan, training: Mapping[str, Dataset], stop_position: int) -> list[str]:
-    """A line a stream: how much there is of it, and how often the run reads it.
+def describe_epochs(
+    config: RunConfig, plan: Plan, training: Mapping[str, Dataset], stop_position: int, steps: int
+) -> list[str]:
+    """A line a stream: how much there is of it, and how often it is read in the `steps` that end at `stop_position`.
 
     ValueError for a stream that would be read more often than its `max_epochs`.
     """
@@ -91,7 +93,7 @@ def describe_epochs(config: RunConfig, plan: Plan, training: Mapping[str, Datase
         epochs = consumed[plan.number_of(stream)] / samples
         left_out = training[stream.name].facts.left_out_tokens
         rest = f"; {left_out:,} tokens at the ends of shards are in no sample" if left_out else ""
-        lines.append(f"{share}: {samples:,} training samples, {epochs:.2f} epochs in {config.run.steps} steps{rest}")
+        lines.append(f"{share}: {samples:,} training samples, {epochs:.2f} epochs in {steps} steps{rest}")
     return lines
 
 

@@ -31,6 +31,9 @@ def tell_summary(attempt: Attempt) -> None:
     if attempt.checkpoint_stalls:
         saves, seconds = len(attempt.checkpoint_stalls), sum(attempt.checkpoint_stalls)
         lines += ["", f"training waited {seconds:.3g} s for {saves} checkpoint{'s' if saves > 1 else ''}"]
+    if not attempt.kept:
+        attempt.say("\n".join(lines))
+        return
     lines += [
         "",
         f"everything lies in {path}: {', '.join(sorted(p.name + '/' * p.is_dir() for p in path.iterdir()))}",

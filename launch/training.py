@@ -27,6 +27,7 @@ from launch.attempt import Attempt
 from launch.clock import Clock
 from launch.config import RunConfig
 from launch.console import Progress
+from launch.debug import Debug, show_first
 from launch.ending import Ending, ending_of_failure, ending_of_run, leave_post_mortem, write_outcome
 from launch.examination import look_before_training
 from launch.exit_codes import DO_NOT_RESTART, RunEnded
@@ -68,6 +69,7 @@ def run_attempt(
     world: World,
     stop: StopRequest,
     supervised: Supervised | None = None,
+    debug: Debug | None = None,
 ) -> tuple[Ending, RunDirectory]:
     """Trains until the last step or a request to stop. Every rank of the run calls it.
 
@@ -90,7 +92,7 @@ def run_attempt(
     try:
         if config.health.preflight != "none":
             look_before_training(world, run.path, config.health.preflight)
-        attempt = together(world, lambda: _set_up(config, world, run, materials, stop, clock))
+        attempt = together(world, lambda: _set_up(config, world, run, materials, stop, clock, debug))
         _resume(attempt, resume, allow_change=allow_change)
         nodes = len({*world.gather_objects(platform.node())})
         data_lines = together(world, lambda: _check_plan(attempt, nodes))
@@ -98,7 +100,7 @@ def run_attempt(
         for line in data_lines:
             attempt.say(line)
         _train(attempt)
-        ending = ending_of_run(attempt.ledger.step, config.run.steps, attempt.saved_step, attempt.save_failure)
+        ending = ending_of_run(attempt.ledger.step, attempt.last_step, attempt.saved_step, attempt.save_failure)
     except BaseException as error:
         ending = ending_of_failure(error)
         log.error("%s", ending.reason, exc_info=not ending.expected)
@@ -116,7 +118,13 @@ def run_attempt(
 
 
 def _set_up(
-    config: RunConfig, world: World, run: RunDirectory, materials: Materials, stop: StopRequest, clock: Clock
+    config: RunConfig,
+    world: World,
+    run: RunDirectory,
+    materials: Materials,
+    stop: StopRequest,
+    clock: Clock,
+    debug: Debug | None,
 ) -> Attempt:
     """Builds model and engine, and the plan of a run that starts afresh."""
     if config.run.deterministic:
@@ -124,7 +132,7 @@ def _set_up(
     engine = make_engine(
         EngineSetup(
             materials.make_model,
-            materials.task.loss,
+            materials.task.loss if debug is None else debug.watch.wrap(materials.task.loss),
             world,
             optimizer=config.optimizer,
             schedule=config.schedule,
@@ -133,9 +141,11 @@ def _set_up(
             seed=config.run.seed,
         )
     )
+    if debug is not None:
+        debug.watch.watch(engine.module)
     plan = Plan.of([segment_of(config, materials.sources)])
     feed = make_feed(config, materials, world)
-    return Attempt(config, world, run, materials, engine, plan, Ledger(), stop, feed, clock)
+    return Attempt(config, world, run, materials, engine, plan, Ledger(), stop, feed, clock, debug)
 
 
 def _resume(attempt: Attempt, resume: Resume, *, allow_change: bool) -> None:
@@ -168,6 +178,8 @@ def _resume(attempt: Attempt, resume: Resume, *, allow_change: bool) -> None:
     if checkpoint is not None:
         taken = checkpoint
         together(world, lambda: _take_over(attempt, taken, allow_change=allow_change))
+    if attempt.debug is not None and attempt.debug.steps is not None:
+        attempt.last_step = min(attempt.last_step, attempt.ledger.step + attempt.debug.steps)
     enter("start", attempt.ledger.step)
 
 
@@ -207,11 +219,11 @@ def _recipe_changes(config: RunConfig, checkpoint: Checkpoint, *, allow_change: 
 def _check_plan(attempt: Attempt, nodes: int) -> list[str]:
     """What the run will read of each stream, and fetch to each of so many nodes. Raises ValueError where it cannot or
     may not."""
-    return attempt.feed.check(attempt.plan, attempt.ledger.position, _stop_position(attempt), nodes)
+    return attempt.feed.check(attempt.plan, attempt.ledger.position, _stop_position(attempt), attempt.last_step, nodes)
 
 
 def _stop_position(attempt: Attempt) -> int:
-    remaining_steps = attempt.config.run.steps - attempt.ledger.step
+    remaining_steps = attempt.last_step - attempt.ledger.step
     return attempt.ledger.position + remaining_steps * attempt.config.batch.global_samples
 
 
@@ -244,7 +256,7 @@ def _begin(attempt: Attempt) -> None:
         attempt.stop.watch(run.stop_file)
         attempt.progress = Progress(
             config.tracking.progress,
-            config.run.steps,
+            attempt.last_step,
             attempt.ledger.step + 1,
             attempt.materials.item_name,
             interval_seconds=config.tracking.progress_seconds,
@@ -266,7 +278,7 @@ def _begin(attempt: Attempt) -> None:
 def _train(attempt: Attempt) -> None:
     """The dry run, the evaluations before and after, and the loop between them."""
     config, world, ledger = attempt.config, attempt.world, attempt.ledger
-    remaining_samples = (config.run.steps - ledger.step) * config.batch.global_samples
+    remaining_samples = (attempt.last_step - ledger.step) * config.batch.global_samples
     meter = _make_meter(attempt)
     if remaining_samples:
         with hold("start"):
@@ -274,10 +286,13 @@ def _train(attempt: Attempt) -> None:
     if ledger.step == 0:
         attempt.evaluate()
     stream = attempt.feed.open(attempt.plan, ledger.position, _stop_position(attempt))
+    steps = iter(stream)
+    if attempt.debug is not None:
+        steps = show_first(steps, attempt.materials.item_name, attempt.say)
     try:
         loop.train(
             attempt.engine,
-            iter(stream),
+            steps,
             ledger,
             world=world,
             meter=meter,
@@ -286,7 +301,7 @@ def _train(attempt: Attempt) -> None:
         )
     finally:
         stream.close()
-    done = ledger.step == config.run.steps
+    done = ledger.step == attempt.last_step
     if done and attempt.evaluated_step != ledger.step:
         attempt.evaluate()
     enter("save", ledger.step)
@@ -340,9 +355,7 @@ def _flops_per_item(attempt: Attempt) -> float | None:
     """None for a user's own model that cannot be counted, which is told: a guess would make MFU a lie."""
     materials = attempt.materials
     try:
-        # Anomaly detection (--debug) reads values, and the meta device, where FLOPs are counted, has none.
-        with torch.autograd.set_detect_anomaly(False):
-            flops = training_flops_per_sample(materials.make_model, materials.task, materials.shape)
+        flops = training_flops_per_sample(materials.make_model, materials.task, materials.shape)
     except (NotImplementedError, RuntimeError) as error:
         if ":" not in attempt.config.model.kind:
             raise

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from torch.distributed.fsdp import FSDPModule
 
-from benchmarks.live_memory import PeakMemory
 from distrib.config import OptimizerConfig, ParallelConfig
+from distrib.tensor_memory import PeakMemory
 from distrib.world import World
 from tests.distrib.engine_runs import ADAMW_CLIPPED, MODEL, make_engine
 from tests.distrib.lockstep_runs import laid_out

@@ -1,4 +1,4 @@
-"""What collectives send: every one that a rank starts, with its payload and dtype."""
+"""What collectives send: every one that a rank starts, with its dtype, the size of its group, and its payload."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -13,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 class Collective(NamedTuple):
     operation: str
     dtype: str
+    ranks: int
+    """In its group."""
 
 
 # The arguments that hold what travels whole: what an all-gather makes, what the others take.
@@ -43,12 +46,13 @@ _NO_PAYLOAD = {"barrier", "monitored_barrier_"}
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """While it is active, adds up the bytes of each kind of collective: of the whole tensor that is reduced or gathered, which
-    all ranks share, whatever the algorithm sends for it."""
+    """While it is active, counts each kind of collective and adds up its bytes: of the whole tensor that is reduced or
+    gathered, which all ranks share, whatever the algorithm sends for it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.payload_bytes: Counter[Collective] = Counter()
+        self.calls: Counter[Collective] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         if function.namespace == "c10d":
@@ -61,6 +65,21 @@ class CollectiveCounter(TorchDispatchMode):
         tensors = [
             leaf for leaf in tree_leaves(arguments[_PAYLOAD_ARGUMENT[operation]]) if isinstance(leaf, torch.Tensor)
         ]
+        name, ranks = _NAMES.get(operation, operation.strip("_")), _ranks_of(arguments)
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
+        for dtype in dtypes:
+            self.calls[Collective(name, dtype, ranks)] += 1
         for tensor in tensors:
-            kind = Collective(_NAMES.get(operation, operation.strip("_")), str(tensor.dtype).removeprefix("torch."))
+            kind = Collective(name, str(tensor.dtype).removeprefix("torch."), ranks)
             self.payload_bytes[kind] += tensor.numel() * tensor.element_size()
+
+
+def _ranks_of(arguments: Any) -> int:
+    """The size of the process group among a collective's arguments."""
+    groups = [argument for argument in arguments if _is_group(argument)]
+    assert len(groups) == 1, "a collective has one process group"
+    return dist.ProcessGroup.unbox(groups[0]).size()
+
+
+def _is_group(argument: Any) -> bool:
+    return isinstance(argument, torch.ScriptObject) and argument._type().qualified_name().endswith(".ProcessGroup")
