@@ -28,6 +28,8 @@ WITHOUT_TORCH = (
     "launch.config",
     "launch.data_commands",
     "launch.data_order",
+    "launch.debug_command",
+    "launch.debug_recipe",
     "launch.doctor",
     "launch.goodput",
     "launch.recipe",

@@ -64,7 +64,7 @@ def test_one_worker_and_debug_need_no_launcher(recipe: Path, straight_run: Calla
     arguments = ["train", recipe, DEEPSPEED, "parallel.zero_stage=1", "parallel.offload=optimizer"]
     lockstep(*arguments, "run.directory=one", "--workers", 1, cwd=tmp_path).succeeded()
     assert digests(tmp_path / "one") == digests(straight_run(2))
-    lockstep(*arguments, "run.directory=debug", "--debug", cwd=tmp_path).succeeded()
+    lockstep(*arguments, "run.directory=debug", "batch.global_samples=12", "--debug", cwd=tmp_path).succeeded()
     assert digests(tmp_path / "debug") == digests(straight_run(2))[:5]
 
 

@@ -73,7 +73,7 @@ STARTS = {
     "python -m": Start(WORKER, launcher="python -m launch.train", workers=1),
     "torchrun": Start([*TORCHRUN, "--standalone", "--nproc-per-node", 2, "-m", "launch.train"], launcher="torchrun"),
     "torchrun on two nodes": Start(TORCHRUN_ON_TWO_NODES, launcher="torchrun", nodes=2),
-    "debug": Start([LOCKSTEP, "train"], ["--debug"], "lockstep train --debug", workers=1, steps=5),
+    "debug": Start([LOCKSTEP, "train"], ["batch.global_samples=12", "--debug"], "lockstep train --debug", workers=1, steps=5),
     "srun": Start(WORKER, launcher="srun", nodes=2, srun=True),
     "srun torchrun": Start(TORCHRUN_ON_TWO_NODES, launcher="torchrun", nodes=2, srun=True),
     "srun of the deepspeed engine": Start(WORKER, DEEPSPEED, launcher="srun", nodes=2, srun=True),

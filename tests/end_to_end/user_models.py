@@ -126,6 +126,47 @@ class Poisoned(Plain):
         return logits * float("nan") if self.training and self.forwards > 5 else logits
 
 
+class Stops(Plain):
+    """Has a breakpoint in its training forward."""
+
+    def forward(self, tokens):
+        if self.training and not tokens.is_meta:
+            breakpoint()
+        return super().forward(tokens)
+
+
+class Overflows(Plain):
+    """Divides by zero from its fifth training forward on, which is in the third step of two micro-batches: the dry run has
+    one too."""
+
+    forwards = 0
+
+    def __init__(self, vocabulary_size, width):
+        super().__init__(vocabulary_size, width)
+        self.middle = nn.Sequential(nn.Linear(width, width), Divide(self))
+
+    def forward(self, tokens):
+        self.forwards += self.training and not tokens.is_meta
+        return self.output(self.middle(self.embedding(tokens)))
+
+
+class Divide(nn.Module):
+    def __init__(self, whole):
+        super().__init__()
+        self.late = lambda: whole.forwards > 5
+
+    def forward(self, x):
+        return x / (0 if self.late() else 1)
+
+
+class RootOfZero(Plain):
+    """Everything it gives out is finite, and its gradient is not."""
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        return self.output(x + (x - x.detach()).sqrt())
+
+
 class AltersItsData(Plain):
     """At its second training forward, changes every other letter of the shard that SHARD names, which nobody checks again."""
 
@@ -240,6 +281,18 @@ def build_faulty(shape):
 
 def build_broken(shape):
     return Broken(shape.vocabulary_size, 16)
+
+
+def build_stops(shape):
+    return Stops(shape.vocabulary_size, 16)
+
+
+def build_overflows(shape):
+    return Overflows(shape.vocabulary_size, 16)
+
+
+def build_root_of_zero(shape):
+    return RootOfZero(shape.vocabulary_size, 16)
 '''
 
 
