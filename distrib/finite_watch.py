@@ -66,7 +66,8 @@ class FiniteWatch:
             if _has_non_finite(result.total):
                 cause = self._masked_before() or "; what every module gave out is finite: look at the task"
                 raise NonFinite(f"{_where()}: the loss is not finite: {describe(result.total)}{cause}")
-            if result.total.requires_grad:
+            # A dry run's gradients are nothing on purpose: an engine may start from zero or from what is not a number.
+            if result.total.requires_grad and now().phase != "start":
                 self._watch_backward(result.total)
             return result
 
@@ -80,6 +81,8 @@ class FiniteWatch:
     def _after_forward(
         self, name: str, module: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any], output: Any
     ) -> None:
+        if torch.compiler.is_compiling():
+            return  # looking would break the graph in two, and what was to be looked into would not be there any more
         for path, tensor in _tensors(output):
             if not _has_non_finite(tensor):
                 continue
@@ -92,11 +95,15 @@ class FiniteWatch:
 
     def _cause(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> str:
         """Whether the module had what is not finite already, in its own values or in its inputs."""
+        compiled = any(part._compiled_call_impl is not None for part in self._modules.values())
+        hidden = ", or into the compiled blocks before it, which nobody looks at" if compiled else ""
         for key, tensor in (*module.named_parameters(), *module.named_buffers()):
             if _has_non_finite(tensor):
                 return f"its own {key} is not finite: {describe(tensor)}"
         if any(_has_non_finite(tensor) for _, tensor in _tensors(inputs)):
-            return f"its input was not finite already, and no module gave that out: look into {self._caller(name)}"
+            return (
+                f"its input was not finite already, and no module gave that out: look into {self._caller(name)}{hidden}"
+            )
         return "its inputs and parameters are finite"
 
     def _caller(self, name: str) -> str:

@@ -37,12 +37,15 @@ def describe_step(step: GlobalStep, item_name: str) -> str:
     fields = [("field", "shape", "dtype", "values")]
     fields += [(name, *_describe(tensor)) for name, tensor in first.tensors.items()]
     count = len(step.micro_batches)
-    lines = [
-        f"first batch: {step.samples} samples, {step.items:,} {item_name}s, in {count} micro-batch{'es' * (count > 1)} here"
-    ]
+    amount = _count(step.samples, step.items, item_name)
+    lines = [f"first batch: {amount}, in {count} micro-batch{'es' * (count > 1)} here"]
     for stream in step.streams:
-        lines.append(f"  stream {stream.name}: {stream.samples} samples, {stream.items:,} {item_name}s")
+        lines.append(f"  stream {stream.name}: {_count(stream.samples, stream.items, item_name)}")
     return "\n".join([*lines, *(f"  {line}" for line in format_table(fields).splitlines())])
+
+
+def _count(samples: int, items: int, item_name: str) -> str:
+    return f"{samples:,} samples" + (f", {items:,} {item_name}s" if item_name != "sample" else "")
 
 
 def _describe(tensor: torch.Tensor) -> tuple[str, str, str]:

@@ -189,6 +189,7 @@ def test_a_watched_graph_is_freed() -> None:
     """A hook that kept its node alive would keep every step's activations."""
     model, watch = Model(Inner), FiniteWatch()
     watch.watch(model)
+    enter("forward", 0)
     image = torch.ones(3, 4)
     kept: list[weakref.ref[Any]] = []
 
