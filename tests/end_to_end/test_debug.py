@@ -221,7 +221,7 @@ def test_the_parameter_whose_gradient_is_not_finite_is_named(
     ended = warm.lockstep("train", own_recipe, root, "--debug", cwd=tmp_path, env=own)
     ended.failed_with(
         78,
-        "the first gradient that is not finite is that of embedding.weight",
+        "step 1, backward: the first gradient that is not finite is that of embedding.weight",
         "made by SqrtBackward0, whose forward is ",
         "models_of_mine.py:",
         "(return self.output(x + (x - x.detach()).sqrt()))",

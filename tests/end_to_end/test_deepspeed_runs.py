@@ -68,6 +68,12 @@ def test_one_worker_and_debug_need_no_launcher(recipe: Path, straight_run: Calla
     assert digests(tmp_path / "debug") == digests(straight_run(2))[:5]
 
 
+def test_debug_takes_the_dry_run_s_gradient_for_no_fault(recipe: Path, tmp_path: Path) -> None:
+    """It starts from what is not a number, so that nothing of it is kept."""
+    ended = lockstep("train", recipe, DEEPSPEED, "run.steps=1", "--debug", cwd=tmp_path).succeeded()
+    assert "step 1/1" in ended.err
+
+
 def test_a_file_that_contradicts_the_recipe_is_refused_before_a_worker_starts(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     arguments = ["train", recipe, DEEPSPEED, "parallel.zero_stage=2", "parallel.deepspeed_config=ds.json"]
