@@ -17,6 +17,7 @@ from launch.arguments import (
     training_command_line,
 )
 from launch.exit_codes import DO_NOT_RESTART, STOPPED_EARLY, USAGE
+from launch.submit_arguments import add_submission_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +78,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
     _add_data_commands(commands)
     _add_checkpoint_commands(commands)
+    add_submission_commands(commands)
 
     report = commands.add_parser(
         "report", allow_abbrev=False, help="one self-contained HTML page about one or more runs"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distrib.manifest import write_durably
-from launch.tracking.metrics_file import last_record
+from launch.tracking.metrics_file import read_last_step
 
 POST_MORTEM_FILE = "post-mortem.json"
 _FRAMES = 12
@@ -55,7 +55,7 @@ def write_post_mortem(
         "signal": signal,
         "exception": exception,
         **more,
-        "last_metrics": last_record(run),
+        "last_metrics": read_last_step(run),
         "earlier": earlier,
     }
     try:

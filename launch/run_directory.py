@@ -122,7 +122,7 @@ def claim(config: RunConfig, resume: Resume, *, restarted: bool = False) -> RunD
     restarted: a supervisor goes on with a run of its own, so that a request to stop it is meant for this attempt too.
     """
     try:
-        path = resume.directory or _new_numbered(config.run.name)
+        path = resume.directory or new_numbered(config.run.name)
         (path / "logs").mkdir(parents=True, exist_ok=True)
         # The lock lasts as long as the file stays open, and ends with the process, however it ends.
         lock = (path / "run.lock").open("w")
@@ -199,18 +199,22 @@ def describe_environment(devices: list[str], world_size: int) -> dict[str, Any]:
     }
 
 
-def _new_numbered(name: str) -> Path:
-    RUNS.mkdir(exist_ok=True)
+def next_numbered(name: str) -> Path:
+    """The next numbered directory under `runs/`, which is not made."""
     taken = [int(p.name[len(name) + 1 :]) for p in RUNS.glob(f"{name}-*") if p.name[len(name) + 1 :].isdigit()]
-    number = max(taken, default=0) + 1
+    return RUNS / f"{name}-{max(taken, default=0) + 1:04d}"
+
+
+def new_numbered(name: str) -> Path:
+    """Makes the next numbered directory under `runs/`, which is then nobody else's."""
+    RUNS.mkdir(exist_ok=True)
     while True:
-        path = RUNS / f"{name}-{number:04d}"
+        path = next_numbered(name)
         try:
             path.mkdir()
         except FileExistsError:
-            number += 1
-        else:
-            return path
+            continue
+        return path
 
 
 def _version(name: str) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FILE_NAME = "metrics.jsonl"
-_TAIL_BYTES = 65536
+_BLOCK_BYTES = 65536
 STALL_KEY = "checkpoint_stall_seconds"
 """In a line of its own for every save: how long training waited for it, and for the one before to be written."""
 END_KEY = "ended"
@@ -79,16 +79,25 @@ def read_step_lines(run_directory: Path) -> Iterator[tuple[int, dict[str, Any]]]
     return ((number, record) for number, kind, record in _lines(run_directory) if kind == "step")
 
 
-def last_record(run_directory: Path) -> dict[str, Any] | None:
-    """The last whole line that tells what was measured; None where there is none."""
+def read_last_step(run_directory: Path) -> dict[str, Any] | None:
+    """The record of the step that was written last, found from the end of the file; None where there is none yet."""
     path = run_directory / FILE_NAME
     if not path.exists():
         return None
     with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-        lines = file.read(_TAIL_BYTES).splitlines()  # of a device there is no end
-    records = (_parse(line) for line in reversed(lines))
-    return next((record for record in records if record is not None and END_KEY not in record), None)
+        end, tail = file.seek(0, os.SEEK_END), b""
+        while end > 0:
+            start = max(0, end - _BLOCK_BYTES)
+            file.seek(start)
+            # What stands before the first end of a line may be the rest of one: it comes again with the block before.
+            tail, end = file.read(end - start) + tail, start
+            head, newline, lines = tail.partition(b"\n") if start else (b"", b"\n", tail)
+            for line in reversed(lines.splitlines()):
+                record = _parse(line)
+                if record is not None and _kind(record) == "step":
+                    return record
+            tail = head + newline if newline else tail
+    return None
 
 
 def read_all_lines(run_directory: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.tracking.metrics_file import MetricsFile, read_checkpoint_stalls, read_metrics
+from launch.tracking.metrics_file import MetricsFile, read_checkpoint_stalls, read_last_step, read_metrics
 
 
 def write(run: Path, *records: dict) -> None:
@@ -106,3 +106,21 @@ def test_an_unwritable_file_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(ValueError, match=r"metrics\.jsonl: cannot be opened for writing"):
         MetricsFile(tmp_path)
+
+
+@pytest.mark.parametrize("padding", [0, 30_000, 65_000, 200_000], ids=lambda size: f"{size} bytes of other lines")
+def test_the_last_step_is_found_from_the_end(tmp_path: Path, padding: int) -> None:
+    """However long what comes after it is, and whatever was torn."""
+    assert read_last_step(tmp_path) is None
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("")
+    assert read_last_step(tmp_path) is None
+    before = "".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(1, 3001))
+    other = (
+        '{"step": 3000, "evaluation": {"loss": 2.0}}\n' * (padding // 44)
+        + '{"step": 3000, "checkpoint_stall_seconds": 1}\n'
+    )
+    path.write_text(before + other + '{"step": 3001, "lo')
+    assert read_last_step(tmp_path) == {"step": 3000, "loss": 1.0}
+    path.write_text(other)
+    assert read_last_step(tmp_path) is None
