@@ -24,7 +24,9 @@ def main() -> None:
         torch.distributed.init_process_group("gloo")
     block = nn.TransformerEncoderLayer(width, heads, 4 * width, norm_first=True, batch_first=True)
     module: nn.Module = nn.Sequential(
-        nn.Embedding(vocabulary, width), nn.TransformerEncoder(block, layers), nn.Linear(width, vocabulary)
+        nn.Embedding(vocabulary, width),
+        nn.TransformerEncoder(block, layers, enable_nested_tensor=False),
+        nn.Linear(width, vocabulary),
     )
     model = module if world == 1 else DistributedDataParallel(module)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
