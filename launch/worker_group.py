@@ -26,8 +26,8 @@ from launch.supervised import STACKS_SIGNAL, SUPERVISOR
 LOOK_SECONDS = 0.25
 # How long the other workers may take to say their last words once one has ended badly.
 _GRACE_SECONDS = 5.0
-# One that was killed says nothing, and what the others can say is that it is gone.
-_GRACE_AFTER_KILL_SECONDS = 1.0
+# One that was killed says nothing, and all that the others can say is that it is gone: nothing is worth waiting for.
+_GRACE_AFTER_KILL_SECONDS = 0.2
 _STACKS_SECONDS = 2.0
 
 
