@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from launch.debug_recipe import debug_recipe, given_keys
 from launch.recipe import load_recipe
@@ -14,11 +13,6 @@ def debug(arguments: argparse.Namespace) -> int:
     """Runs what `--debug` asks for and returns the exit code. Raises ValueError, in one line, for what does not go together."""
     if arguments.workers is not None:
         raise ValueError(f"--workers {arguments.workers}: has no effect with --debug (one process); remove it")
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size != "1":
-        raise ValueError(
-            f"--debug: one process, but a launcher has set WORLD_SIZE={world_size}; start `lockstep train --debug` by itself"
-        )
     if arguments.fake_world is not None:
         return _fake_world(arguments)
     _refuse_fake_rank(arguments)

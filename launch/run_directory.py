@@ -20,6 +20,7 @@ from launch.config import RunConfig
 
 RUNS = Path("runs")
 STOP_FILE = "stop"
+_LAST_THREAD_SECONDS = 3.0
 OUTCOME_FILE = "outcome.json"
 _VERSIONS = (
     "torch", "accelerate", "numpy", "lockstep", "safetensors", "pyarrow", "tokenizers", "datasets", "wandb", "tensorboard",
@@ -132,8 +133,8 @@ def claim(config: RunConfig, resume: Resume, *, restarted: bool = False) -> RunD
             "set run.directory to a place you may write"
         ) from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        _lock(lock)
+    except BlockingIOError:
         lock.close()
         raise ValueError(f"run directory {path}: another process is training in it; wait for it or stop it") from None
     known = path / "run.json"
@@ -153,6 +154,19 @@ def claim(config: RunConfig, resume: Resume, *, restarted: bool = False) -> RunD
     for half_written in path.glob(f"{TEMPORARY_PREFIX}*"):
         half_written.unlink()
     return RunDirectory(path, identity, lock)
+
+
+def _lock(lock: IO[str]) -> None:
+    """Raises BlockingIOError where another process keeps the lock. One that was killed has it until its last thread is gone,
+    which may be a moment after it is gone for whoever killed it."""
+    deadline = time.monotonic() + _LAST_THREAD_SECONDS
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def begin_attempt(run: RunDirectory, **facts: Any) -> None:

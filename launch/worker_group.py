@@ -70,6 +70,16 @@ class AttemptEnd:
         return [worker.process.returncode for worker in self.workers]
 
 
+@dataclass(frozen=True)
+class _Examined:
+    """A hang, looked into before anybody was ended."""
+
+    cause: tuple[int, str]
+    seconds: float
+    beats: list[Beat]
+    stacks: dict[int, str]
+
+
 class WorkerGroup:
     """The workers of one attempt."""
 
@@ -90,7 +100,7 @@ class WorkerGroup:
 
     def wait(self, signals: StopSignals) -> AttemptEnd:
         """Until all workers have ended; asks them to stop when `signals` say so."""
-        hang: tuple[Hang, tuple[int, str], dict[int, str]] | None = None
+        hang: _Examined | None = None
         kill_at: float | None = None
         looked = time.monotonic()
         with selectors.DefaultSelector() as selector, contextlib.ExitStack() as open_files:
@@ -177,8 +187,14 @@ class WorkerGroup:
         if worker not in self._failed and not worker.killed_by_us and worker.code not in (DONE, STOPPED_EARLY):
             self._failed.append(worker)
 
-    def _examine(self, hang: Hang) -> tuple[Hang, tuple[int, str], dict[int, str]]:
+    def _beats(self, hang: Hang | None = None) -> list[Beat]:
+        """Where every rank is; the thread that saves, of those whose saving hangs."""
+        saving = hang.ranks if hang is not None and hang.saving else ()
+        return [self._board.beat(worker.rank, saving=worker.rank in saving) for worker in self.workers]
+
+    def _examine(self, hang: Hang) -> _Examined:
         """Collects the stacks of all ranks that answer, and finds out which rank is the cause."""
+        beats = self._beats(hang)  # now: being asked for its stacks may wake a rank up
         running = self._running()
         stopped = [worker.rank for worker in running if _is_stopped(worker.process.pid)]
         asked = [worker for worker in running if worker.rank not in stopped]
@@ -193,20 +209,17 @@ class WorkerGroup:
                 if size and sizes.get(worker.rank) == size:  # it has written all it has to say
                     stacks[worker.rank] = os.pread(worker.stacks, size, 0).decode(errors="replace")
                 sizes[worker.rank] = size
-        return hang, find_cause(hang, stopped, stacks), stacks
+        return _Examined(find_cause(hang, stopped, stacks), hang.seconds, beats, stacks)
 
-    def _end(self, hang: tuple[Hang, tuple[int, str], dict[int, str]] | None) -> AttemptEnd:
+    def _end(self, hang: _Examined | None) -> AttemptEnd:
         end = AttemptEnd(
             workers=self.workers,
             failed=self._failed,
-            beats=[self._board.beat(worker.rank) for worker in self.workers],
+            beats=self._beats() if hang is None else hang.beats,
             run_directory=self._board.run_directory,
         )
         if hang is not None:
-            silent, end.hung, end.stacks = hang
-            end.hung_seconds = silent.seconds
-            if silent.saving:
-                end.beats[end.hung[0]] = self._board.beat(end.hung[0], saving=True)
+            end.hung, end.hung_seconds, end.stacks = hang.cause, hang.seconds, hang.stacks
         return end
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,15 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         claim(recipe(), Resume(tmp_path / "run"))
     run.close()
     claim(recipe(), Resume(tmp_path / "run")).close()
+
+
+def test_a_claim_waits_for_one_that_is_ending(tmp_path: Path) -> None:
+    """A process that was killed is gone for its parent before its last thread has let go of the lock."""
+    run = claim(recipe(), Resume(tmp_path / "run"))
+    ending = threading.Timer(0.2, run.close)
+    ending.start()
+    claim(recipe(), Resume(tmp_path / "run")).close()
+    ending.join()
 
 
 def test_the_claim_ends_with_its_process(tmp_path: Path) -> None:
