@@ -115,6 +115,15 @@ def _way_out(parallel: ParallelConfig, able: Callable[[Capabilities, ParallelCon
     return "; no engine of this version can"
 
 
+def refuse_fake_world(parallel: ParallelConfig) -> None:
+    """ValueError for an engine that cannot run as one rank of many that are not there."""
+    if parallel.engine != "native":
+        raise ValueError(
+            f"parallel.engine={parallel.engine}: its library talks to the other ranks itself and cannot run without "
+            "them; --fake-world needs parallel.engine=native"
+        )
+
+
 def count_shards(parallel: ParallelConfig, size: int) -> int:
     """Over how many of `size` ranks a copy of the model is spread. Raises ValueError where the copies do not come out even."""
     if parallel.zero_stage == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from distrib.capabilities import refuse_fake_world
 from launch.debug_recipe import debug_recipe, given_keys
 from launch.recipe import load_recipe
 from launch.run_directory import decide_resume
@@ -44,11 +45,7 @@ def _fake_world(arguments: argparse.Namespace) -> int:
     if arguments.resume is not None:
         raise ValueError(f"--resume {arguments.resume}: has no effect with --fake-world; remove it")
     config = load_recipe(arguments.recipe, arguments.overrides)
-    if config.parallel.engine != "native":
-        raise ValueError(
-            f"parallel.engine={config.parallel.engine}: its library talks to the other ranks itself and cannot run without "
-            "them; --fake-world needs parallel.engine=native"
-        )
+    refuse_fake_world(config.parallel)
     steps = config.run.steps if "run.steps" in given_keys(arguments.overrides) else None
     from launch.fake_world import run_in_fake_world
 
