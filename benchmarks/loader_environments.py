@@ -85,11 +85,19 @@ def _run(command: list[str]) -> None:
 
 
 def make_tokens(root: Path, corpus: str, blocks: int) -> None:
-    """Text, the prepared tokens of it, and `blocks` of these in a flat file; all there already if the last one is."""
-    if (root / "blocks.bin").exists():
-        return
+    """Text, the prepared tokens of it, and `blocks` of these in a flat file; what is there already stays."""
+    flat = root / "blocks.bin"
+    if not flat.exists():
+        _write_corpus(root, corpus, int(1.08 * blocks * SEQUENCE_TOKENS))
+    if not (root / "lockstep-tokens" / "manifest.json").exists():
+        prepare_corpus(root, "tokens")
+    if not flat.exists():
+        write_blocks(root, blocks)
+
+
+def _write_corpus(root: Path, corpus: str, wanted: int) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    wanted, size = int(1.08 * blocks * SEQUENCE_TOKENS), 0
+    size = 0
     with (root / "corpus.jsonl").open("w") as lines:
         for text in _linux_texts(root) if corpus == "linux" else _stdlib_texts():
             lines.write(json.dumps({"text": text}) + "\n")
@@ -98,8 +106,6 @@ def make_tokens(root: Path, corpus: str, blocks: int) -> None:
                 break
         else:
             raise RuntimeError(f"corpus {corpus} has only {size} bytes of text, and {wanted} are needed")
-    prepare_corpus(root, "tokens")
-    write_blocks(root, blocks)
 
 
 def _linux_texts(root: Path) -> Iterator[str]:
@@ -144,10 +150,9 @@ def make_images(root: Path, count: int) -> None:
 
 def make_format(name: str, kind: str, root: Path, python: Path) -> None:
     """A corpus in a peer's own format, written in its environment; RuntimeError of one line if that fails."""
-    ready = root / f".{name}-{kind}.ready"
-    if ready.exists():
+    ready, target = root / f".{name}-{kind}.ready", root / f"{name}-{kind}"
+    if ready.exists() and target.exists():
         return
-    target = root / f"{name}-{kind}"
     if target.exists():
         _run(["rm", "-r", str(target)])
     _run([str(python), str(FORMATS), name, kind, str(root)])
