@@ -77,6 +77,7 @@ def test_a_killed_rank_is_replaced(rank: int, recipe: Path, straight_run: Callab
     arguments = ["train", recipe, "run.directory=run", f"run.steps={STEPS}", *RESTARTED]
     with started(LOCKSTEP, *arguments, cwd=tmp_path) as process:
         wait_for_step(run, 8, None, process)
+        wait_until(lambda: bool(checkpoints(run)), "a checkpoint to go on from")
         workers = workers_of(process.pid)
         os.kill(workers[rank], signal.SIGKILL)
         _, err = process.communicate(timeout=120)
