@@ -16,6 +16,9 @@ from distrib.variables import refuse_half_set, whole_number
 
 STARTED_BY_LOCKSTEP = "LOCKSTEP_STARTED"
 """What `lockstep train` sets for its workers, so that they know who started them."""
+LISTENING = "LOCKSTEP_LISTENING"
+"""What `lockstep train` sets for rank 0: the file descriptor of a socket that listens at MASTER_PORT already, so that nobody
+else can take the port before rank 0 has imported what it needs."""
 ALONE = "python -m launch.train"
 BY_HAND = "set by hand"
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -44,6 +47,8 @@ class Launch:
     address: str | None = None
     """Where the workers meet; None for one that is alone."""
     port: int | None = None
+    listening: int | None = None
+    """For rank 0: the file descriptor of a socket that listens at `port` already."""
 
     @property
     def meeting_point(self) -> str:
@@ -131,7 +136,8 @@ def _read_place(environment: Mapping[str, str], launcher: str) -> Launch:
     if not local_rank < local_size:
         name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "WORLD_SIZE"
         raise ValueError(f"LOCAL_RANK={local_rank} is not below {name}={local_size}; {_WAY_OUT}")
-    return Launch(launcher, rank, size, local_rank, environment["MASTER_ADDR"], _checked_port(port))
+    listening = whole_number(environment, LISTENING) if rank == 0 and LISTENING in environment else None
+    return Launch(launcher, rank, size, local_rank, environment["MASTER_ADDR"], _checked_port(port), listening)
 
 
 def _place_in_step(environment: Mapping[str, str], step: SlurmStep) -> Launch:

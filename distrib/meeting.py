@@ -25,14 +25,31 @@ def meet(launch: Launch, timeout: timedelta) -> dist.Store:
     assert launch.address is not None
     _refuse_unknown_address(launch)
     begun = time.monotonic()
-    host = f"[{launch.address}]" if ":" in launch.address else launch.address
     try:
-        store, _, _ = next(dist.rendezvous(f"tcp://{host}:{launch.port}", launch.rank, launch.size, timeout=timeout))
+        store = _open_store(launch, timeout)
         store.set_timeout(timeout)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
             store = dist.PrefixStore(_agree_on_round(store, launch, begun + timeout.total_seconds()), store)
     except dist.DistError as error:
         raise ConnectionError(f"{explain(launch, error)}") from None
+    return store
+
+
+def _open_store(launch: Launch, timeout: timedelta) -> dist.Store:
+    assert launch.address is not None
+    assert launch.port is not None
+    if launch.listening is not None:
+        return dist.TCPStore(
+            launch.address,
+            launch.port,
+            launch.size,
+            is_master=True,
+            timeout=timeout,
+            multi_tenant=True,
+            master_listen_fd=launch.listening,
+        )
+    host = f"[{launch.address}]" if ":" in launch.address else launch.address
+    store, _, _ = next(dist.rendezvous(f"tcp://{host}:{launch.port}", launch.rank, launch.size, timeout=timeout))
     return store
 
 

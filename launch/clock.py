@@ -23,6 +23,9 @@ LAUNCHED = "LOCKSTEP_LAUNCHED"
 # What one step of training is: between them nothing else happens, and what a worker sleeps in them it waits for others.
 STEP_PHASES = ("forward", "backward", "reduce", "step", "report")
 _NANOSECONDS = 10**9
+# A look at a thread's times takes a few microseconds, unless it loses its core meanwhile.
+_LOOK_NANOSECONDS = 50_000
+_MOST_LOOKS = 3
 _IMPORTED = time.monotonic_ns()
 
 
@@ -82,7 +85,7 @@ class Clock:
         self._since = at
         self._phase = moment.phase
         if self._sleep is not None:
-            self._sleep.in_step(moment.phase in STEP_PHASES, at)
+            self._sleep.in_step(moment.phase in STEP_PHASES)
 
     def read(self) -> dict[str, Any]:
         """`at`: the wall clock's time, in seconds since 1970. `phases`: seconds since the launch, by phase; their sum is the
@@ -94,7 +97,7 @@ class Clock:
             "phases": {phase: _seconds(nanoseconds) for phase, nanoseconds in spent.items()},
         }
         if self._sleep is not None:
-            reading["waiting"] = _seconds(self._sleep.total(at))
+            reading["waiting"] = _seconds(self._sleep.total())
         return reading
 
 
@@ -114,21 +117,31 @@ class _Sleep:
             return cls(os.open(f"/proc/self/task/{threading.get_native_id()}/schedstat", os.O_RDONLY | os.O_CLOEXEC))
         return None
 
-    def in_step(self, within: bool, at: int) -> None:
+    def in_step(self, within: bool) -> None:
         if within and self._begun is None:
-            self._begun = at, self._awake()
+            before, awake, _ = self._look()
+            self._begun = before, awake
         elif not within and self._begun is not None:
-            self._slept, self._begun = self.total(at), None
+            self._slept, self._begun = self.total(), None
 
-    def total(self, at: int) -> int:
+    def total(self) -> int:
         if self._begun is None:
             return self._slept
-        begun, awake = self._begun
-        return self._slept + max(0, at - begun - (self._awake() - awake))
+        begun, awake_until_then = self._begun
+        _, awake, after = self._look()
+        return self._slept + max(0, after - begun - (awake - awake_until_then))
 
-    def _awake(self) -> int:
-        # The file's own time on a core is that of the last tick of the scheduler; its wait for one is exact.
-        return time.thread_time_ns() + int(os.pread(self._schedule, 64, 0).split()[1])
+    def _look(self) -> tuple[int, int, int]:
+        """How long the thread has not slept, and the moments before and after that was read: taken again where the thread
+        lost its core in between, for then they would not belong together."""
+        for _ in range(_MOST_LOOKS):
+            before = time.monotonic_ns()
+            # The file's own time on a core is that of the last tick of the scheduler; its wait for one is exact.
+            awake = time.thread_time_ns() + int(os.pread(self._schedule, 64, 0).split()[1])
+            after = time.monotonic_ns()
+            if after - before < _LOOK_NANOSECONDS:
+                break
+        return before, awake, after
 
 
 def _wall_time_of(monotonic_nanoseconds: int) -> float:

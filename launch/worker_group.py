@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from distrib.launchers import STARTED_BY_LOCKSTEP
+from distrib.launchers import LISTENING, STARTED_BY_LOCKSTEP
 from launch.clock import LAUNCHED
 from launch.exit_codes import DONE, STOPPED_EARLY
 from launch.hangs import Hang, HangWatch, Limits, find_cause
@@ -89,11 +89,14 @@ class WorkerGroup:
         """launched: when the work on this attempt began, in nanoseconds of the monotonic clock."""
         self._board = Board(workers)
         self._watch = HangWatch(self._board, limits) if limits is not None else None
-        port = _free_port()
         # Workers inherit the block and lift it once they listen: a request to stop is heard, however early it comes.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [*STOP_SIGNALS, STACKS_SIGNAL])
         try:
-            self.workers = [self._start(arguments, rank, workers, port, restarts, launched) for rank in range(workers)]
+            # Closed here once rank 0 has it: where that dies, whoever comes to meet it is told at once.
+            with socket.create_server(("127.0.0.1", 0), backlog=socket.SOMAXCONN) as meeting:
+                self.workers = [
+                    self._start(arguments, rank, workers, meeting, restarts, launched) for rank in range(workers)
+                ]
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._failed: list[Worker] = []
@@ -144,7 +147,7 @@ class WorkerGroup:
             os.close(worker.stacks)
 
     def _start(
-        self, arguments: Sequence[str], rank: int, workers: int, port: int, restarts: int, launched: int
+        self, arguments: Sequence[str], rank: int, workers: int, meeting: socket.socket, restarts: int, launched: int
     ) -> Worker:
         stacks = os.memfd_create(f"lockstep-stacks-{rank}")
         environment = {
@@ -154,19 +157,23 @@ class WorkerGroup:
             "WORLD_SIZE": str(workers),
             "LOCAL_WORLD_SIZE": str(workers),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(meeting.getsockname()[1]),
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             STARTED_BY_LOCKSTEP: "1",
             LAUNCHED: str(launched),
             SUPERVISOR: f"{os.getpid()} {self._board.descriptor} {stacks} {restarts}",
         }
+        inherited = [self._board.descriptor, stacks]
+        if rank == 0:
+            inherited.append(meeting.fileno())
+            environment[LISTENING] = str(meeting.fileno())
         # The workers share the cores; without this each would start a thread for every one of them.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
         # A session of their own: Ctrl-C reaches the supervisor alone, which asks all workers alike.
         process = subprocess.Popen(
             [sys.executable, "-m", "launch.train", *arguments],
             env=environment,
-            pass_fds=(self._board.descriptor, stacks),
+            pass_fds=inherited,
             start_new_session=True,
         )
         return Worker(rank, process, stacks)
@@ -227,9 +234,3 @@ def _is_stopped(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "tT"
     return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

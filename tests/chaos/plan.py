@@ -137,7 +137,7 @@ def make_case(fault: str, choose: random.Random, directory: Path, phase: str | N
             disk = {"run": run_place(directory), "checkpoints": checkpoints_place(directory)}[small]
             return Case(fault, (_at(where, [_fill(disk)]),), "78, then identical", small_disk=small)
         case "flipped bit in the newest checkpoint":
-            flip = _flip(choose, checkpoints_place(directory) / "step-*[0-9]" / "*", newest_only=True)
+            flip = _flip(choose, checkpoints_place(directory) / "step-*[0-9]" / "*", of="one of the newest")
             where = _place(choose, phase, first_step=_FIRST_STEP_WITH_TWO_SAVED)
             return Case(fault, (_at(where, [flip, _KILL]),), "identical")
         case "flipped bit in a local shard":
@@ -146,8 +146,10 @@ def make_case(fault: str, choose: random.Random, directory: Path, phase: str | N
             actions = [_flip(choose, dataset_place(directory) / "train-*.bin"), _KILL]
             return Case(fault, (_at(where, actions),), "78, then identical")
         case "flipped bit in the cache of a remote dataset":
-            where = _place(choose, phase, last_step=STEPS - SAVE_EVERY_STEPS)
-            actions = [_flip(choose, cache_place(directory) / "files" / "*"), _KILL]
+            # After the first step, which had to wait for what it reads; and of each file: which of them are here by now, and
+            # will be read again, is a matter of how fast they came.
+            where = _place(choose, phase, first_step=1, last_step=STEPS - SAVE_EVERY_STEPS)
+            actions = [_flip(choose, cache_place(directory) / "files" / "*", of="each"), _KILL]
             return Case(fault, (_at(where, actions),), "identical", remote=True)
         case "deleted shard":
             where = _place(choose, phase, last_step=STEPS - SAVE_EVERY_STEPS)
@@ -222,5 +224,5 @@ def _fill(disk: Path) -> Action:
     return "fill_disk", {"folder": str(disk)}
 
 
-def _flip(choose: random.Random, pattern: Path, *, newest_only: bool = False) -> Action:
-    return "flip_bit", {"pattern": str(pattern), "seed": choose.randrange(1 << 30), "newest_only": newest_only}
+def _flip(choose: random.Random, pattern: Path, of: str = "one") -> Action:
+    return "flip_bit", {"pattern": str(pattern), "seed": choose.randrange(1 << 30), "of": of}

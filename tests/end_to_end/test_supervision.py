@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -69,6 +70,21 @@ def assert_same_run(run: Path, straight: Path) -> None:
     assert history(run) == history(straight)
     assert not list(run.rglob(".tmp-*"))
     assert read_json(run / "outcome.json")["exit_code"] == 0
+
+
+def test_nobody_takes_the_port_at_which_the_workers_are_about_to_meet(recipe: Path, tmp_path: Path) -> None:
+    """They import for seconds before they do: a port that was merely free when it was chosen could be gone by then."""
+    with started(LOCKSTEP, "train", recipe, "run.directory=run", "--workers", 2, cwd=tmp_path) as process:
+        wait_until(lambda: bool(workers_of(process.pid)), "a worker")
+        variables = Path(f"/proc/{workers_of(process.pid)[0]}/environ").read_bytes().split(b"\0")
+        port = next(int(v.removeprefix(b"MASTER_PORT=")) for v in variables if v.startswith(b"MASTER_PORT="))
+        with socket.socket() as thief:
+            thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with pytest.raises(OSError, match="in use"):
+                thief.bind(("127.0.0.1", port))
+        _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert f"met at 127.0.0.1:{port}\n" in err
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])

@@ -72,8 +72,27 @@ def test_a_thread_waits_in_steps_when_it_neither_runs_nor_could() -> None:
     waited = clock.read()["waiting"]
     time.sleep(0.05)
     assert clock.read()["waiting"] == waited >= 0.05
-    hear(clock, "forward")
-    while clock.read()["phases"]["forward"] < 0.2:
-        pass
-    assert clock.read()["waiting"] - waited < 0.1
     assert "waiting" not in Clock(sees_waiting=False).read()
+
+
+def test_a_thread_that_computes_or_waits_for_a_core_does_not_wait_for_others() -> None:
+    """Beside threads of other processes that want the same core, which its own time alone would take for sleep."""
+    core = {min(os.sched_getaffinity(0))}
+    before = os.sched_getaffinity(0)
+    rivals = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        for rival in rivals:
+            os.sched_setaffinity(rival.pid, core)
+        os.sched_setaffinity(0, core)
+        clock = Clock(sees_waiting=True)
+        hear(clock, "forward")
+        begun, computed = time.monotonic(), time.thread_time()
+        while (own := time.thread_time() - computed) < 0.2 or time.monotonic() - begun < 2 * own:
+            pass  # until the rivals have had at least as much of the core
+        told = clock.read()
+    finally:
+        os.sched_setaffinity(0, before)
+        for rival in rivals:
+            rival.kill()
+            rival.wait()
+    assert told["waiting"] < told["phases"]["forward"] / 4

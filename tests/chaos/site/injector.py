@@ -126,13 +126,17 @@ def limit_files(largest_bytes: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard if largest_bytes is None else largest_bytes, hard))
 
 
-def flip_bit(pattern: str, seed: int, newest_only: bool) -> None:
-    """Changes one bit of one file that `pattern` matches; `newest_only`: of one in the folder with the highest name."""
+def flip_bit(pattern: str, seed: int, of: str) -> None:
+    """Changes one bit: of one file that `pattern` matches, of one in the folder with the highest name, or of each file."""
     choose = random.Random(seed)
     found = sorted(path for path in Path("/").glob(pattern.lstrip("/")) if path.is_file() and path.stat().st_size)
-    if newest_only:
+    if of == "one of the newest":
         found = [path for path in found if path.parent == found[-1].parent]
-    path = choose.choice(found)
+    for path in found if of == "each" else [choose.choice(found)]:
+        _flip_bit_of(path, choose)
+
+
+def _flip_bit_of(path: Path, choose: random.Random) -> None:
     at = choose.randrange(path.stat().st_size)
     with path.open("r+b") as file:
         file.seek(at)
