@@ -74,7 +74,7 @@ def train(place: Path, name: str, words: list[str], workers: int, steps: int) ->
 
 def measure(place: Path, steps: int) -> list[dict[str, Any]]:
     """A row for each case and number of workers."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     train(place, "prepares", ["gpt-stdlib"], 1, 2)
     [prepared] = (place / "prepared").iterdir()
     with serving(prepared) as address:

@@ -59,6 +59,7 @@ from models.flops import FLOP_CONVENTION, peak_flops, training_flops_per_sample
 
 log = logging.getLogger("lockstep")
 _PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DRY_SAMPLES_ON_CPU = 2  # BatchNorm refuses to train on a single value per channel
 
 
 def run_attempt(
@@ -312,10 +313,16 @@ def _train(attempt: Attempt) -> None:
 
 
 def _example_micro_batch(attempt: Attempt) -> Any:
-    """A real micro-batch of the largest size: the first of the validation split, repeated where that is too small."""
+    """A real micro-batch of the largest size: the first of the validation split, repeated where that is too small.
+
+    On a CPU a small one, unless it is compiled for its size: there memory is promised before it is there, and the first
+    step, which follows at once, is no later a moment to find that out.
+    """
     samples = min(
         attempt.config.batch.micro_samples, -(-attempt.config.batch.global_samples // attempt.world.data_size)
     )
+    if attempt.world.device.type == "cpu" and not attempt.config.parallel.compile:
+        samples = min(samples, _DRY_SAMPLES_ON_CPU)
     validation = next(iter(attempt.materials.validation.values()))
     batches = evaluation_batches(validation, rank=0, world_size=1, micro_samples=samples, samples=None)
     first = next(iter(batches))

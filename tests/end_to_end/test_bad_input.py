@@ -289,10 +289,13 @@ def test_workers_that_never_come(warm: WarmProcess, recipe: Path, tmp_path: Path
     ended.failed_with(1, "rank 1 of 2 could not meet the others at 127.0.0.1:1")
 
 
-def test_out_of_memory(warm: WarmProcess, recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """Before the first step, because the dry run meets it."""
-    values = recipe_values()
-    values["model"] = {"kind": "own_package.models_of_mine:build_hungry"}
+@pytest.mark.parametrize("model", ["build_hungry", "build_hungry_for_many"])
+def test_out_of_memory(
+    warm: WarmProcess, recipe_values: Callable[..., dict[str, Any]], tmp_path: Path, model: str
+) -> None:
+    """In the dry run, which is a small one on a CPU, or in the first forward passes after it."""
+    values = recipe_values(batch={"global_samples": 4, "micro_samples": 4})
+    values["model"] = {"kind": f"own_package.models_of_mine:{model}"}
     recipe = write_recipe(tmp_path / "hungry.yaml", values)
     folder = write_user_package(tmp_path / "mine")
     ended = warm.worker(recipe, "run.directory=run", cwd=tmp_path, env=environment(PYTHONPATH=str(folder)))

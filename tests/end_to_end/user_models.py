@@ -51,6 +51,15 @@ class Hungry(Plain):
         return super().forward(tokens)
 
 
+class HungryForMany(Plain):
+    """Asks for as much where it is given more than two samples."""
+
+    def forward(self, tokens):
+        if not tokens.is_meta and len(tokens) > 2:
+            torch.empty(2**50)
+        return super().forward(tokens)
+
+
 class Slow(Plain):
     """Takes a minute for every training step, after the dry run's two forward passes."""
 
@@ -257,6 +266,10 @@ def build_with_batch_norm(shape, width=16):
 
 def build_hungry(shape):
     return Hungry(shape.vocabulary_size, 16)
+
+
+def build_hungry_for_many(shape):
+    return HungryForMany(shape.vocabulary_size, 16)
 
 
 def build_slow(shape):
