@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 
 from data.config import GivenSource, SourceAddress, parse_given
+from data.errors import Unavailable
 from data.source_reading import Document, EncodedImage, UnitInput
 from data.sources import Source, SourceFile
+
+# What the library raises where it cannot open a dataset, or cannot read on.
+_UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, pa.ArrowException, datasets.exceptions.DatasetsError)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class HubStream:
     def read(self, part: datasets.IterableDataset, name: str) -> Iterator[Document | EncodedImage]:
         """The documents or images of `dataset`, or of a part of it, which messages call `name`. Raises ValueError for a row
         that holds none."""
-        for row, example in enumerate(part):
+        for row, example in self._examples(part, name):
             content, where = example[self.column], f"{name}, row {row}"
             if self.label is None:
                 if not isinstance(content, str):
@@ -42,8 +47,45 @@ class HubStream:
             label = example[self.label]
             if type(label) is not int or label < 0 or content is None:
                 raise ValueError(f"source {where}: needs an image and a class number, not label {label!r}")
-            encoded = content["bytes"]
-            yield EncodedImage(Path(content["path"]).read_bytes() if encoded is None else encoded, label, where)
+            yield EncodedImage(_encoded(content, where), label, where)
+
+    def _examples(self, part: datasets.IterableDataset, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The rows and their numbers. A ValueError of one line where `datasets` finds damage, and Unavailable where the source
+        cannot be had now."""
+        row, examples = 0, iter(part)
+        while True:
+            try:
+                example = next(examples, None)
+            except _UNREADABLE as error:
+                told = f"source {name}: `datasets` cannot read on at row {row} or soon after it ({_in_one_line(error)})"
+                if _is_damage(error):
+                    raise ValueError(f"{told}; replace what is damaged") from error
+                raise Unavailable(f"{told}; see whether the source can be reached, and start again") from error
+            if example is None:
+                return
+            yield row, example
+            row += 1
+
+
+def _encoded(image: dict[str, Any], where: str) -> bytes:
+    if image["bytes"] is not None:
+        return bytes(image["bytes"])
+    try:
+        return Path(image["path"]).read_bytes()
+    except OSError as error:
+        raise ValueError(f"source {where}: its image {image['path']} cannot be read ({error.strerror})") from None
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether it is of what was read, and not of reading it. What Arrow cannot decode is an OSError without a number."""
+    first = error.__cause__ or error
+    return isinstance(first, ValueError | pa.ArrowException) or (type(first) is OSError and first.errno is None)
+
+
+def _in_one_line(error: Exception) -> str:
+    """An exception, and what it came of: `datasets` says most often only that there was one."""
+    causes = [error, *([error.__cause__] if error.__cause__ is not None else [])]
+    return ", of ".join(" ".join(f"{type(one).__name__}: {one}".split()) for one in causes)
 
 
 def open_hub_stream(address: SourceAddress) -> HubStream:
@@ -57,10 +99,10 @@ def open_hub_stream(address: SourceAddress) -> HubStream:
         builder = datasets.load_dataset_builder(name, address.config)
         stream = builder.as_streaming_dataset(split=address.split)
         first = next(iter(stream), None) if stream.features is None else None
-    except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except _UNREADABLE as error:
         raise ValueError(
             f"source hf:{address.location}: `datasets` cannot load split {address.split!r} "
-            f"({type(error).__name__}: {' '.join(str(error).split())}); check name, config and split"
+            f"({_in_one_line(error)}); check name, config and split"
         ) from error
     columns = _columns_of_example(first, name) if stream.features is None else dict(stream.features)
     column = address.column or _default_column(columns, name)

@@ -169,14 +169,15 @@ def _read_jsonl(unit: UnitInput) -> Iterator[Document]:
             def where(path: Path = path, position: int = position) -> str:
                 return _line_at(path, position)
 
+            text = _decode(line, where)
             try:
-                record = json.loads(_decode(line, where))
-            except (json.JSONDecodeError, RecursionError) as error:
+                record = json.loads(text)
+            except (ValueError, RecursionError) as error:  # a ValueError alone: a number of thousands of digits
                 raise ValueError(f"source {where()}: not JSON ({error}); correct the line or remove it") from None
-            text = record.get(field) if isinstance(record, dict) else None
-            if not isinstance(text, str):
+            content = record.get(field) if isinstance(record, dict) else None
+            if not isinstance(content, str):
                 raise ValueError(f"source {where()}: no text under {field!r}; correct the line or the field's name")
-            yield Document(text, f"{path}, byte {position}")
+            yield Document(content, f"{path}, byte {position}")
 
 
 def row_group_bytes(path: Path, column: str) -> tuple[int, ...]:
@@ -198,7 +199,7 @@ def _parquet(path: Path, column: str) -> Any:
 
     try:
         table = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"source {path}: not a Parquet file ({' '.join(str(error).split())})") from None
     if column not in table.schema_arrow.names:
         raise ValueError(f"source {path}: no column {column!r}; its columns are {table.schema_arrow.names}")
@@ -212,16 +213,49 @@ def _read_parquet(unit: UnitInput) -> Iterator[Document]:
         with _parquet(path, column) as table:
             stop = table.metadata.num_row_groups if stop is None else stop
             row = sum(table.metadata.row_group(number).num_rows for number in range(start))
-            # Batch by batch: of several row groups at once pyarrow reads ahead, and holds them.
             for number in range(start, stop):
-                for batch in table.iter_batches(batch_size=1024, row_groups=[number], columns=[column]):
-                    for text in batch.column(0).to_pylist():
-                        if not isinstance(text, str):
-                            raise ValueError(
-                                f"source {path}: row {row} of column {column!r} is not text but {text!r:.40}"
-                            )
-                        yield Document(text, f"{path}, row {row}")
-                        row += 1
+                for text in _texts_of_group(table, path, number, column, row):
+                    yield Document(text, f"{path}, row {row}")
+                    row += 1
+
+
+def _texts_of_group(table: Any, path: Path, group: int, column: str, row: int) -> Iterator[str]:
+    """The texts of a row group, whose first row is `row` of the file."""
+    import pyarrow as pa
+
+    # Batch by batch: of several row groups at once pyarrow reads ahead, and holds them.
+    batches = table.iter_batches(batch_size=1024, row_groups=[group], columns=[column])
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"source {path}: row group {group}, from row {row} on, cannot be read ({' '.join(str(error).split())}); "
+                "replace the file"
+            ) from None
+        if batch is None:
+            return
+        try:
+            texts = batch.column(0).to_pylist()
+        except UnicodeDecodeError:
+            raise _not_utf8(batch.column(0), path, column, row) from None
+        for text in texts:
+            if not isinstance(text, str):
+                raise ValueError(f"source {path}: row {row} of column {column!r} is not text but {text!r:.40}")
+            yield text
+            row += 1
+
+
+def _not_utf8(texts: Any, path: Path, column: str, row: int) -> ValueError:
+    """What to say of a column of which not all texts can be decoded; the first is that of `row`."""
+    for number, text in enumerate(texts, row):
+        try:
+            text.as_py()
+        except UnicodeDecodeError as error:
+            return ValueError(
+                f"source {path}: row {number} of column {column!r} is not UTF-8 at byte {error.start}; convert or remove it"
+            )
+    raise AssertionError("all of them can be decoded")
 
 
 def _read_images(unit: UnitInput) -> Iterator[EncodedImage]:

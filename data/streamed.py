@@ -15,7 +15,7 @@ from PIL import Image
 from data.augment import evaluated
 from data.build import split_of
 from data.config import DataConfig
-from data.errors import CorruptData
+from data.errors import CorruptData, Unavailable
 from data.hub import HubStream, open_hub_stream
 from data.pictures import Mode, decode
 from data.plan import STREAMED_ORDER
@@ -191,6 +191,8 @@ class StreamedSource:
             for example in self._stream.read(part, f"hf:{self._stream.name}"):
                 content = self.form.content(example)
                 yield (example, content) if content and split_of(content, self._validation_fraction) == split else None
+        except Unavailable:
+            raise
         except ValueError as error:
             told = " ".join(str(error).split())
             raise CorruptData(told if told.startswith("source ") else f"source {self.address}: {told}") from error

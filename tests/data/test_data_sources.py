@@ -61,6 +61,16 @@ def write_parquet(path: Path, texts: list[str]) -> Path:
     return path
 
 
+def damage_second_group(path: Path) -> Path:
+    """Overwrite the pages of the second row group's first column; the file's end, where everything is listed, stays whole."""
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(content)
+    return path
+
+
 def test_text_from_a_folder_a_pattern_and_a_file(tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     for number, text in enumerate(TEXTS):
@@ -76,6 +86,30 @@ def test_text_from_a_folder_a_pattern_and_a_file(tmp_path: Path) -> None:
     assert sorted(stored_texts(by_pattern)) == sorted(TEXTS)
     with pytest.raises(ValueError, match=r"no documents for .* with data.validation_fraction 0\.25"):
         prepared(tmp_path, f"text:{folder}/part0/00.txt", directory=tmp_path / "one-file")
+
+
+def test_links_are_followed_and_what_they_leave_out_is_refused(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    for place, texts in ((folder, TEXTS[:20]), (elsewhere / "deep", TEXTS[20:])):
+        place.mkdir(parents=True)
+        for number, text in enumerate(texts):
+            (place / f"{number:02d}.txt").write_text(text)
+    (folder / "more").symlink_to(elsewhere)
+    (folder / "again.txt").symlink_to(folder / "00.txt")
+    source = f"text:{folder}"
+    assert sorted(stored_texts(prepared(tmp_path, source))) == sorted([*TEXTS, TEXTS[0]])
+    for link, target, message in (
+        (elsewhere / "deep" / "back", folder, r"more/deep/back: a link to a directory that it lies in; remove it"),
+        (folder / "gone.txt", tmp_path / "nothing", r"gone\.txt: a link that leads nowhere \(.*nothing\)"),
+    ):
+        link.symlink_to(target)
+        for address in (source, f"text:{folder}/**"):
+            if address == source or not target.exists():
+                with pytest.raises(ValueError, match=message):
+                    prepared(tmp_path, address, directory=tmp_path / "refused")
+        link.unlink()
+    (folder / ".hidden").symlink_to(tmp_path / "nothing")
+    assert len(stored_texts(prepared(tmp_path, source, directory=tmp_path / "hidden"))) == 41
 
 
 def test_one_large_file_is_cut_at_line_ends_so_that_a_part_can_be_held_out(tmp_path: Path) -> None:
@@ -303,10 +337,21 @@ def test_a_csv_file_never_leads_out_of_its_directory(tmp_path: Path) -> None:
         (["cat/000.jpg"], "no image or no label"),
         ([], "no rows"),
         (['"cat'], "not a CSV file"),
+        (["cat/000.jpg,a", "cat/0\000.jpg,b"], r"labels\.csv:3: 'cat/0\\x00\.jpg' is no name of a file"),
+        (["cat/000.jpg,a,b"], r"labels\.csv:2: more fields than the 2 columns"),
+        (
+            ["cat/000.jpg,a", "cat/./000.jpg,b"],
+            r"labels\.csv:3: .* is listed in line 2 too as 'a', here as 'b'; remove",
+        ),
+        (["cat/000.jpg,a", "cat/000.jpg,a"], r"labels\.csv:3: .* is listed in line 2 too; remove one"),
     ):
         table = write_table(inside / "labels.csv", rows)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as refused:
             prepared(tmp_path, f"csv:{table}#file,kind")
+        assert "\n" not in str(refused.value)
+    twice = write_table(inside / "twice.csv", ["cat/000.jpg,a,b"], header="file,kind,kind")
+    with pytest.raises(ValueError, match=r"several columns 'kind'; its columns are \['file', 'kind', 'kind'\]"):
+        prepared(tmp_path, f"csv:{twice}#file,kind")
     with pytest.raises(ValueError, match=r"no column 'label'; its columns are \['file', 'kind'\]"):
         prepared(tmp_path, f"csv:{table}#file,label")
 
@@ -415,6 +460,15 @@ def test_hugging_face_texts_from_local_folders(tmp_path: Path) -> None:
     assert len(said) == 5
 
 
+def test_a_damaged_file_of_a_hugging_face_source_is_told_in_a_line(tmp_path: Path) -> None:
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    damage_second_group(write_parquet(tables / "train.parquet", TEXTS))
+    [said] = hugging_face(tmp_path, f"hf:{tables}#body")
+    assert said.startswith(f"source hf:{tables}, shard 0: `datasets` cannot read on at row ")
+    assert said.endswith("; replace what is damaged")
+
+
 def test_hugging_face_streams_are_prepared_shard_by_shard(tmp_path: Path) -> None:
     tables = tmp_path / "tables"
     tables.mkdir()
@@ -467,6 +521,10 @@ def test_hugging_face_images_from_a_local_folder(tmp_path: Path) -> None:
         ("parquet:{}/table.parquet#number", "row 0 of column 'number' is not text"),
         ("images:{}/broken", "cut.png: cannot be decoded"),
         ("images:{}/other", "notes.txt: not an image"),
+        ("images:{}/loose", "loose/red.png: an image of no class; move it into a sub-folder"),
+        ("jsonl:{}/long.jsonl#text", "long.jsonl:2: not JSON .*4300 digits"),
+        ("parquet:{}/latin.parquet#body", r"latin\.parquet: row 8 of column 'body' is not UTF-8 at byte 3"),
+        ("parquet:{}/damaged.parquet#body", r"damaged\.parquet: row group 1, from row 7 on, cannot be read \("),
         ("images:{}/deep", "do not fit in 8 bits"),
     ],
 )
@@ -479,8 +537,15 @@ def test_bad_sources_are_named_in_one_line(tmp_path: Path, source: str, message:
     (tmp_path / "surrogate.jsonl").write_text('{"text": "\\ud800"}\n')
     write_jsonl(tmp_path / "good.jsonl", TEXTS)
     write_parquet(tmp_path / "table.parquet", TEXTS)
+    (tmp_path / "long.jsonl").write_text('{"text": "fine"}\n{"text": "x", "n": ' + "7" * 5000 + "}\n")
+    latin = [text.encode() for text in TEXTS[:8]] + [b"gru\xdf"]
+    pq.write_table(pa.table({"body": pa.array(latin).view(pa.string())}), tmp_path / "latin.parquet", row_group_size=7)
+    damage_second_group(write_parquet(tmp_path / "damaged.parquet", TEXTS))
     buffer = io.BytesIO()
     Image.new("RGB", (30, 30), "red").save(buffer, format="PNG")
+    (tmp_path / "loose" / "a").mkdir(parents=True)
+    for name in ("red.png", "a/red.png"):
+        (tmp_path / "loose" / name).write_bytes(buffer.getvalue())
     (tmp_path / "broken" / "a" / "cut.png").write_bytes(buffer.getvalue()[:60])
     (tmp_path / "other" / "a" / "notes.txt").write_text("hello")
     Image.new("I;16", (4, 4)).save(tmp_path / "deep" / "a" / "deep.png")
