@@ -156,9 +156,7 @@ def source_files(address: SourceAddress) -> list[Path]:
     if address.kind == "hf":
         return _walk(location) if location.is_dir() else []
     if address.kind == "images":
-        if not location.is_dir():
-            raise ValueError(f"source {location}: there is no such directory; correct data.source")
-        return [path for path in _walk(location) if path.parent != location]
+        return _files_of_classes(location)
     if address.kind == "csv":
         return [location, *(path for path, _ in _csv_rows(address))]
     if location.is_dir():
@@ -168,7 +166,8 @@ def source_files(address: SourceAddress) -> list[Path]:
     elif location.is_file():
         files = [location]
     else:
-        files = sorted(path for name in glob.glob(str(location), recursive=True) if (path := Path(name)).is_file())
+        found = sorted(Path(name) for name in glob.glob(str(location), recursive=True))
+        files = [path for path in found if path.is_file() or _leads_nowhere(path)]
     if not files:
         raise ValueError(f"source {location}: no such file, directory or pattern with files; correct data.source")
     return files
@@ -182,11 +181,48 @@ def _look_at(path: Path, stamp: int | None = None, label: int | None = None) -> 
     return SourceFile(str(path), status.st_size, status.st_mtime_ns if stamp is None else stamp, label)
 
 
+def _files_of_classes(root: Path) -> list[Path]:
+    if not root.is_dir():
+        raise ValueError(f"source {root}: there is no such directory; correct data.source")
+    files = _walk(root)
+    for path in files:
+        if path.parent == root and path.suffix.lower() in IMAGE_SUFFIXES:
+            raise ValueError(f"source {path}: an image of no class; move it into a sub-folder, which names its class")
+    return [path for path in files if path.parent != root]
+
+
 def _walk(root: Path) -> list[Path]:
-    """All files below a directory but hidden ones, sorted by relative path."""
-    files = [path for path in root.rglob("*") if path.is_file()]
-    visible = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    return sorted(visible, key=lambda path: path.relative_to(root).as_posix())
+    """All files below a directory but hidden ones, sorted by relative path. Links are followed; ValueError for one that leads
+    nowhere, or back to a directory that it lies in, and for a directory that cannot be read."""
+    files: list[str] = []
+    ahead: list[tuple[str, tuple[str, ...]]] = [("", ())]  # directories, each with those that it lies in
+    while ahead:
+        below, above = ahead.pop()
+        directory = root / below
+        real = os.path.realpath(directory)
+        if real in above:
+            raise ValueError(f"source {directory}: a link to a directory that it lies in; remove it")
+        try:
+            found = list(os.scandir(directory))
+        except OSError as error:
+            raise ValueError(f"source {directory}: cannot be read ({error.strerror}); correct data.source") from None
+        for entry in found:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                ahead.append((f"{below}{entry.name}/", (*above, real)))
+            elif entry.is_file() or _leads_nowhere(Path(entry.path)):
+                files.append(below + entry.name)
+    return [root / name for name in sorted(files)]
+
+
+def _leads_nowhere(path: Path) -> bool:
+    """False, or a ValueError: what a link to nothing stood for must not be left out unseen."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"source {path}: a link that leads nowhere ({os.readlink(path)}); restore what it names or remove it"
+        )
+    return False
 
 
 def _stdlib_files() -> list[Path]:
@@ -227,28 +263,44 @@ def _labelled(given: GivenSource, named: list[tuple[Path, str]], class_names: tu
 def _csv_rows(address: SourceAddress) -> Iterator[tuple[Path, str]]:
     """The image and the class of every row; images lie beside the table or below."""
     table = Path(address.location).expanduser()
-    root = os.path.realpath(table.parent)
     columns = (address.column, address.label_column)
+    assert None not in columns
     try:
         with table.open(encoding="utf-8-sig", newline="") as lines:
             rows = csv.DictReader(lines, strict=True)
-            names = rows.fieldnames or []
+            names = list(rows.fieldnames or [])
             for column in columns:
-                if column not in names:
-                    raise ValueError(f"source {table}: no column {column!r}; its columns are {list(names)}")
+                if names.count(str(column)) != 1:
+                    what = "several columns" if column in names else "no column"
+                    raise ValueError(f"source {table}: {what} {column!r}; its columns are {names}")
+            seen: dict[str, tuple[int, str]] = {}
             for row in rows:
-                image, label = (row[column] for column in columns if column is not None)
+                image, label = (row[str(column)] for column in columns)
+                where = f"source {table}:{rows.line_num}"
                 if not image or not label:
-                    raise ValueError(f"source {table}:{rows.line_num}: no image or no label; complete the row")
-                if not os.path.realpath(table.parent / image).startswith(root.rstrip(os.sep) + os.sep):
-                    raise ValueError(
-                        f"source {table}:{rows.line_num}: {image!r} leaves the table's directory; move the image there"
-                    )
+                    raise ValueError(f"{where}: no image or no label; complete the row")
+                if None in row:
+                    raise ValueError(f"{where}: more fields than the {len(names)} columns; correct the row")
+                real = _image_below(table.parent, image, where)
+                before = seen.setdefault(real, (rows.line_num, label))
+                if before[0] != rows.line_num:
+                    other = "" if before[1] == label else f" as {before[1]!r}, here as {label!r}"
+                    raise ValueError(f"{where}: {image!r} is listed in line {before[0]} too{other}; remove one of them")
                 yield table.parent / image, label
     except OSError as error:
         raise ValueError(f"source {table}: cannot be read ({error.strerror}); correct data.source") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"source {table}: not a CSV file in UTF-8 ({error}); correct or convert it") from None
+
+
+def _image_below(directory: Path, image: str, where: str) -> str:
+    """Where an image that a table names really lies; a ValueError unless that is in the table's directory or below."""
+    if "\0" in image:
+        raise ValueError(f"{where}: {image!r} is no name of a file; correct the row")
+    real = os.path.realpath(directory / image)
+    if not real.startswith(os.path.realpath(directory).rstrip(os.sep) + os.sep):
+        raise ValueError(f"{where}: {image!r} leaves the table's directory; move the image there")
+    return real
 
 
 _DIGITS = tuple(str(digit) for digit in range(10))
