@@ -1,4 +1,4 @@
-"""What makes a directory of shards a dataset: its manifest, and nothing else in it."""
+"""What makes a directory of shards a dataset: its manifest, and nothing else in it but what it was prepared from."""
 
 import os
 import shutil
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.manifest import MANIFEST_NAME, ImagesEntry, Manifest, SourceEntry, SplitEntry, TokenizerEntry
+from data.origin import ORIGIN_NAME, origin_of
 from data.shards import HashingFile
 from data.units import Plan
 from data.workspace import Content, GroupRecord, Workspace
@@ -30,6 +31,7 @@ def finish_dataset(
     for path in workspace.dataset.iterdir():
         if path.name not in listed:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    workspace.publish_bytes(origin_of(plan).to_bytes(), workspace.dataset / ORIGIN_NAME)
     with HashingFile(workspace.temporary(MANIFEST_NAME)) as file:
         file.write(manifest.to_bytes())
         file.finish()

@@ -18,6 +18,7 @@ from data.config import IMAGE_KINDS, DataConfig, bpe_size
 from data.dataset_files import finish_dataset, sync_directory
 from data.locks import take_lock
 from data.manifest import FORMAT_VERSION, TokenizerEntry
+from data.origin import state_of
 from data.schedule import UnitSchedule, Verification, Watch
 from data.sources import Source, common_class_names, open_source, source_state
 from data.store import LocalStore, read_manifest
@@ -206,6 +207,7 @@ def _prepare_part(config: DataConfig, part: Part, call: _Call) -> None:
 
 
 def _make_plan(config: DataConfig) -> _Planned:
+    seen = [state_of(given) for given in config.sources]  # first: a file that comes meanwhile is a change that is told
     sources = [open_source(given) for given in config.sources]
     units = plan_units(sources)
     images = common_class_names(sources) is not None
@@ -214,11 +216,11 @@ def _make_plan(config: DataConfig) -> _Planned:
         raise ValueError(f"source {config.source_text}: empty, there are no {what} in it; correct data.source")
     config.refuse_options_of_other_data("images" if images else "text", f"data.source={config.source_text}")
     if images:
-        return _Planned(make_plan(config, sources, units, None, None), sources, units, None)
+        return _Planned(make_plan(config, sources, seen, units, None, None), sources, units, None)
     identity, tokenizer = identify_tokenizer(config.tokenizer)
     size = bpe_size(config.tokenizer) if tokenizer is None else tokenizer.vocabulary_size
     dtype: Literal["uint16", "uint32"] = "uint16" if size <= 1 << 16 else "uint32"
-    return _Planned(make_plan(config, sources, units, identity, dtype), sources, units, tokenizer)
+    return _Planned(make_plan(config, sources, seen, units, identity, dtype), sources, units, tokenizer)
 
 
 def _carry_out(

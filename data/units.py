@@ -35,13 +35,15 @@ class Unit(NamedTuple):
 
 
 class PlannedSource(BaseModel):
-    """A source in the plan. `state` is a hash of its files as they were when the plan was made."""
+    """A source in the plan. `state` is a hash of its files as they were when the plan was made, and `seen` of what is told of a
+    local source by its files alone, so that another look is cheap; see data/origin.py."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     given: str
     description: str
     state: str
+    seen: str | None
 
 
 class Plan(BaseModel):
@@ -126,16 +128,18 @@ def plan_groups(units: Sequence[Unit], group_bytes: float) -> tuple[int, ...]:
 def make_plan(
     config: DataConfig,
     sources: Sequence[Source],
+    seen: Sequence[str | None],
     units: Sequence[Unit],
     tokenizer: str | None,
     dtype: Literal["uint16", "uint32"] | None,
 ) -> Plan:
-    """The plan of a dataset. `tokenizer` identifies it, `dtype` is that of its tokens; None for images."""
+    """The plan of a dataset. `seen` is of each source, `tokenizer` identifies it, `dtype` is that of its tokens; None for
+    images."""
     class_names = common_class_names(sources)
     ratio = OUTPUT_RATIO["bytes" if config.tokenizer == "bytes" and dtype else dtype or "images"]
     return Plan(
         kind="tokens" if class_names is None else "images",
-        sources=tuple(_planned(source) for source in sources),
+        sources=tuple(map(_planned, sources, seen)),
         splits=config.splits,
         class_names=class_names,
         tokenizer_spec=None if dtype is None else config.tokenizer,
@@ -156,9 +160,9 @@ def fraction_of(config: DataConfig) -> float | None:
     return config.validation_fraction if divided else None
 
 
-def _planned(source: Source) -> PlannedSource:
+def _planned(source: Source, seen: str | None) -> PlannedSource:
     state = _hash_of([source.form, source.state, source.class_names, source.files, source.parts])
-    return PlannedSource(given=source.given.given, description=source.description, state=state)
+    return PlannedSource(given=source.given.given, description=source.description, state=state, seen=seen)
 
 
 def _hash_of(value: Any) -> str:

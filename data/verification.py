@@ -12,6 +12,7 @@ import xxhash
 
 from data.errors import CorruptData, NoRoom, Unavailable
 from data.manifest import BLOCK_BYTES, MANIFEST_NAME, RESTORE, FileEntry, Manifest, ShardEntry
+from data.origin import ORIGIN_NAME
 from data.packed_shard import PackedShard
 from data.packing import LOCK_NAME, PackedShardEntry, head_name, read_packing
 from data.shards import CheckedFile, ImageShard, read_document_ends
@@ -79,7 +80,7 @@ def unlisted_files(names: Iterable[str], items: Collection[Item]) -> list[str]:
     """Those of the names beside a dataset's manifest that nothing lists, so that nothing reads them."""
     listed = {file.name for item in items for file in item.files}
     heads = {head_name(item.sequence_tokens) for item in items if item.packed is not None}
-    return sorted(set(names) - {MANIFEST_NAME, LOCK_NAME} - listed - heads)
+    return sorted(set(names) - {MANIFEST_NAME, LOCK_NAME, ORIGIN_NAME} - listed - heads)
 
 
 class Verifier:

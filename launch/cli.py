@@ -164,7 +164,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     # Until there are workers to ask, a request to stop is answered as Ctrl-C is: preparing leaves nothing half-done.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    open_streams(config.data)
+    open_streams(config.data, tell_changes=resume.begins_anew)
     return supervise(training_command_line(arguments), workers, config, resume)
 
 

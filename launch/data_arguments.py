@@ -129,7 +129,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     config = parse_section(DataConfig, section, prefix="data.", source="lockstep prepare")
     workers = _count_workers(arguments.workers)
     from data.prepare import Part
-    from launch.preparing import prepare_and_tell
+    from launch.preparing import prepare_or_tell
 
     part = None if arguments.part is None else Part.parse(arguments.part)
     if part is not None and arguments.pack_tokens:
@@ -138,7 +138,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         )
     from launch.preparing import pack_and_tell
 
-    directory = prepare_and_tell(config, workers=workers, part=part)
+    directory = prepare_or_tell(config, workers=workers, part=part)
     pack_and_tell(directory, arguments.pack_tokens)
     print(directory)
     return 0

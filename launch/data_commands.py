@@ -6,8 +6,10 @@ import shutil
 from collections.abc import Sequence
 
 from data.config import DataConfig
+from data.errors import CorruptData
 from data.examples import Examples, shorten
 from data.manifest import Manifest
+from data.origin import ORIGIN_NAME, read_origin
 from data.parallel import each
 from data.store import open_fresh_store, open_store, read_manifest
 from data.verification import Verifier, items_of, packed_items, packings_among, unlisted_files
@@ -74,6 +76,11 @@ def verify_dataset(address: str, workers: int, sequence_tokens: Sequence[int] = 
     problems: list[str] = []
     packings = {*sequence_tokens, *packings_among(names or ())}
     items = [*items_of(manifest), *packed_items(store, manifest, packings, problems)]
+    if ORIGIN_NAME in (names or ()):
+        try:
+            read_origin(store)
+        except CorruptData as error:
+            problems.append(str(error))
     total = sum(item.bytes for item in items)
     with Bar("verifying", total, of_bytes=True) as bar:
         for problem in problems:

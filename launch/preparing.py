@@ -10,7 +10,8 @@ from pathlib import Path
 
 from data.addresses import is_remote
 from data.config import IMAGE_KINDS, DataConfig
-from data.manifest import Manifest
+from data.manifest import MANIFEST_NAME, Manifest
+from data.origin import changed_sources, refuse_other_tokenizer
 from data.packing import ensure_packing
 from data.prepare import Part, merge, prepare, prepared_directory
 from data.schedule import Progress
@@ -18,14 +19,17 @@ from data.store import LocalStore, Store, open_store, read_manifest
 from data.vocabulary import prepare_tokenizer
 
 
-def open_streams(config: DataConfig) -> dict[str, Store]:
+def open_streams(config: DataConfig, *, tell_changes: bool = False) -> dict[str, Store]:
     """Where the dataset of every stream of a recipe lies, by the stream's name: prepared and packed where that is to be
     done here, and at an address there or not. ValueError where what lies there was prepared otherwise than the recipe says.
-    Nowhere where the source is read as it comes."""
+    Nowhere where the source is read as it comes.
+
+    With `tell_changes`, for a run that begins, sources are held to what they were when a dataset was prepared from them before.
+    """
     if config.streaming:
         return {}
     configs = _with_one_tokenizer(config.by_stream())
-    stores = {name: _open_stream(stream) for name, stream in configs.items()}
+    stores = {name: _open_stream(stream, tell_changes) for name, stream in configs.items()}
     for name, stream in configs.items():
         ensure_packing(stores[name], stream, tell=_say)
     return stores
@@ -40,9 +44,15 @@ def _with_one_tokenizer(configs: dict[str, DataConfig]) -> dict[str, DataConfig]
     return configs | {name: stream.model_copy(update={"tokenizer": tokenizer}) for name, stream in local.items()}
 
 
-def _open_stream(config: DataConfig) -> Store:
+def _open_stream(config: DataConfig, tell_changes: bool) -> Store:
     if not is_remote(config.directory):
-        return open_store(prepare_and_tell(config), config)
+        tell_changes = tell_changes and _was_prepared(config)
+        directory = prepare_and_tell(config)
+        if (
+            tell_changes and config.directory is not None
+        ):  # a directory without a name of its own is named by the sources' state
+            tell_changed_sources(directory, config)
+        return open_store(directory, config)
     store = open_store(config.directory, config)
     _refuse_other_preparation(read_manifest(store), config)
     return store
@@ -69,7 +79,7 @@ def _refuse_other_preparation(manifest: Manifest, config: DataConfig) -> None:
 
 def prepare_and_tell(config: DataConfig, *, workers: int | None = None, part: Part | None = None) -> Path:
     """`data.prepare.prepare`, with a line before, progress on a terminal, and a line after; silent where all is there."""
-    if (prepared_directory(config) / "manifest.json").exists():
+    if _was_prepared(config):
         return prepare(config)
     what = config.source_text if part is None else f"part {part.number} of {part.of} of {config.source_text}"
     _say(f"preparing {what}{_with_tokenizer(config)}, once")
@@ -79,6 +89,38 @@ def prepare_and_tell(config: DataConfig, *, workers: int | None = None, part: Pa
     else:
         _say(f"prepared part {part.number} of {part.of} of {directory}: {line}")
     return directory
+
+
+def prepare_or_tell(config: DataConfig, *, workers: int | None = None, part: Part | None = None) -> Path:
+    """`prepare_and_tell` for one who asked to prepare: where all is there, says so, and whether the sources are as they were."""
+    before = _was_prepared(config)
+    directory = prepare_and_tell(config, workers=workers, part=part)
+    if before:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime((directory / MANIFEST_NAME).stat().st_mtime))
+        _say(
+            f"{directory}: was prepared before ({when}), from these sources with these options, and they were not read again; "
+            "to prepare anew, remove it or name another directory"
+        )
+        for source, why in tell_changed_sources(directory, config).items():
+            _say(f"{directory}: whether source {source} has changed since cannot be told: {why}")
+    return directory
+
+
+def tell_changed_sources(directory: Path, config: DataConfig) -> dict[str, str]:
+    """A warning for each source that has changed since a dataset was prepared from it. Returns those of which nobody can tell,
+    with the reason. ValueError where the file of its tokenizer holds another one now."""
+    refuse_other_tokenizer(directory, config)
+    changed, unknown = changed_sources(directory, config)
+    for source in changed:
+        _say(
+            f"warning: {directory}: source {source} has changed since it was prepared, and the dataset is used as it was made; "
+            "prepare it anew for what the source holds now"
+        )
+    return unknown
+
+
+def _was_prepared(config: DataConfig) -> bool:
+    return (prepared_directory(config) / MANIFEST_NAME).exists()
 
 
 def _with_tokenizer(config: DataConfig) -> str:

@@ -39,6 +39,12 @@ class Resume:
     checkpoint: Path | None = None
     """Start from exactly this checkpoint."""
 
+    @property
+    def begins_anew(self) -> bool:
+        """Whether there is no run to go on with."""
+        known = self.from_newest and self.directory is not None and (self.directory / "run.json").exists()
+        return self.checkpoint is None and not known
+
 
 @dataclass
 class RunDirectory:

@@ -80,7 +80,8 @@ def run_attempt(
     clock = Clock(sees_waiting=world.size > 1 and world.device.type == "cpu")
     if world.rank == 0:
         observe(clock.hear)
-    on_rank_zero(world, lambda: open_streams(config.data))
+    told = supervised is not None or not resume.begins_anew
+    on_rank_zero(world, lambda: open_streams(config.data, tell_changes=not told))
     materials = together(world, lambda: open_materials(config, open_streams(config.data)))
     restarted = supervised is not None and supervised.restarts > 0
     claimed = on_rank_zero(world, lambda: claim(config, resume, restarted=restarted))

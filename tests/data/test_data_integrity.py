@@ -15,6 +15,7 @@ from data.config import DataConfig
 from data.dataset import open_dataset
 from data.errors import CorruptData
 from data.manifest import BLOCK_BYTES, Manifest
+from data.origin import ORIGIN_NAME, read_origin
 from data.prepare import prepare
 from data.store import LocalStore, read_manifest
 from data.stream import Stream
@@ -60,6 +61,8 @@ def test_every_flipped_byte_of_every_file_is_detected(tmp_path: Path, kind: str)
             try:
                 if path.name == "tokenizer.json":
                     load_tokenizer(LocalStore(directory))
+                elif path.name == ORIGIN_NAME:
+                    read_origin(LocalStore(directory))
                 else:
                     read_everything(directory, config)
             except ValueError as error:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.end_to_end.runs import (
     LOCKSTEP,
+    WarmProcess,
     checkpoints,
+    digests,
     final_bytes,
     history,
     is_running,
@@ -24,6 +28,8 @@ from tests.end_to_end.runs import (
     wait_for_step,
     wait_until,
     workers_of,
+    write_corpus,
+    write_recipe,
 )
 
 # Far more than the attempts below get through, so that every interruption finds the run at work.
@@ -123,3 +129,25 @@ def test_a_run_interrupted_many_times_ends_in_the_same_bytes(
     choose.shuffle(interruptions)
     interrupted_run(recipe, tmp_path / "run", world_size, interruptions[:8], seed=world_size)
     assert_same_run(tmp_path / "run", straight_run(world_size, STEPS))
+
+
+def test_a_new_run_is_told_of_a_changed_source_and_a_resumed_one_never_looks(
+    recipe_values: Callable[..., dict[str, Any]], tmp_path: Path, warm: WarmProcess
+) -> None:
+    corpus, dataset = write_corpus(tmp_path / "texts", documents=30), tmp_path / "made"
+    data = {"source": f"text:{corpus}", "directory": str(dataset)}
+    values = recipe_values(run={"steps": 2}, data=data, checkpoint={"every_steps": 1})
+    recipe = write_recipe(tmp_path / "tiny.yaml", values)
+    warning = f"warning: {dataset}: source text:{corpus} has changed since it was prepared"
+    assert "warning" not in warm.worker(recipe, "run.directory=first", cwd=tmp_path).succeeded().out
+    (corpus / "document-00.txt").write_text("something else")
+    begun = lockstep("train", recipe, "run.directory=second", "--workers", 1, cwd=tmp_path).succeeded()
+    assert begun.out.count(warning) == 1
+    assert warm.worker(recipe, "run.directory=third", cwd=tmp_path).succeeded().out.count(warning) == 1
+    assert digests(tmp_path / "third") == digests(tmp_path / "first")
+    resumed = warm.worker(
+        recipe, "run.directory=first", "run.steps=3", "--allow-change", "--resume", "auto", cwd=tmp_path
+    )
+    assert warning not in resumed.succeeded().out
+    shutil.rmtree(corpus)
+    assert warning not in warm.worker(recipe, "run.directory=fourth", cwd=tmp_path).succeeded().out
