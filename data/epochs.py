@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Mapping
+from fractions import Fraction
 
 from data.plan import Plan
 from data.samples import Dataset
@@ -15,7 +16,9 @@ def refuse_too_many_epochs(
         limit, number = limits[stream.name], plan.number_of(stream)
         if limit is None:
             continue
-        most = int(limit * datasets[stream.name].samples)
+        most = int(
+            Fraction(str(limit)) * datasets[stream.name].samples
+        )  # 0.29 as it was written, and not as it is stored
         consumed = plan.consumed(stop_position)[number]
         if consumed > most:
             first = bisect_left(

@@ -255,6 +255,10 @@ def test_a_stream_that_is_read_too_often_is_refused_with_the_place() -> None:
     single = Plan.of([segment_of_one(1000)])
     with pytest.raises(ValueError, match=r"^data.max_epochs 1.5: .* at sample 1,501 of 1,600"):
         refuse_too_many_epochs(single, {"": Numbers("x", [1000])}, {"": 1.5}, 1600)
+    # 0.29 as it was written: in floating point its hundredfold is 28.999...
+    refuse_too_many_epochs(single, {"": Numbers("x", [100])}, {"": 0.29}, 29)
+    with pytest.raises(ValueError, match=r"at sample 30 of 30"):
+        refuse_too_many_epochs(single, {"": Numbers("x", [100])}, {"": 0.29}, 30)
 
 
 def segment_of_one(global_samples: int) -> Segment:
