@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from data.plan import Plan
+from launch.planning import read_plan
 from launch.tracking.metrics_file import read_metrics
 from tests.end_to_end.runs import WarmProcess, digests, lockstep, losses, write_recipe
 
@@ -76,6 +77,21 @@ def test_weights_change_on_resume_and_what_was_read_stays(
     plan = Plan.from_json(json.dumps(state["plan"]))
     assert [segment.start_position for segment in plan.segments] == [0, 48]
     assert sum(plan.consumed(96)) == 96
+
+
+def test_weights_may_change_again_where_no_step_was_taken_with_those_before(
+    mixture: Path, tmp_path: Path, warm: WarmProcess
+) -> None:
+    run = tmp_path / "again"
+    arguments = [mixture, f"run.directory={run}"]
+    warm.worker(*arguments, "run.steps=6", cwd=tmp_path).succeeded()
+    resumed = [*arguments, "--resume", "auto", "--allow-change"]
+    warm.worker(*resumed, "run.steps=6", "data.streams.code.weight=9", cwd=tmp_path).succeeded()
+    warm.worker(*resumed, "run.steps=7", "data.streams.code.weight=5", cwd=tmp_path).succeeded()
+    plan = read_plan(run)
+    assert [segment.start_position for segment in plan.segments] == [0, 48]
+    assert {stream.name: stream.quota for stream in plan.segments[1].streams} == {"web": 1536, "code": 2560}
+    warm.lockstep("data", "audit", run, "--workers", 1, cwd=tmp_path).succeeded()
 
 
 def test_one_tokenizer_is_trained_on_all_streams(mixture: Path, tmp_path: Path, warm: WarmProcess) -> None:
