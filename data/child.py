@@ -45,13 +45,16 @@ class Child:
         path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
         # -P: a folder `data` where somebody stands must not shadow ours. A session of its own: Ctrl-C reaches the parent
         # alone, whose pipe then ends.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", "from data.child import serve; serve()"],
-            env={**os.environ, **ONE_THREAD, "PYTHONPATH": path},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
+        with _blocked(
+            signal.SIGTERM, signal.SIGUSR1
+        ):  # inherited: what a cluster sends to all is for the parent to answer
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", "from data.child import serve; serve()"],
+                env={**os.environ, **ONE_THREAD, "PYTHONPATH": path},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with self._process.stdin as asks, self._process.stdout as tells:
@@ -85,6 +88,15 @@ class Child:
         self._process.wait()
         self._jobs.close()
         self.replies.close()
+
+
+@contextlib.contextmanager
+def _blocked(*signals: signal.Signals) -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

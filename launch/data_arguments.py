@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from data.config import SOURCE_FORMS
+from launch.stopping import stopped_as_by_ctrl_c
 
 
 def add_prepare_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -138,8 +139,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
         )
     from launch.preparing import pack_and_tell
 
-    directory = prepare_or_tell(config, workers=workers, part=part)
-    pack_and_tell(directory, arguments.pack_tokens)
+    with stopped_as_by_ctrl_c():
+        directory = prepare_or_tell(config, workers=workers, part=part)
+        pack_and_tell(directory, arguments.pack_tokens)
     print(directory)
     return 0
 
@@ -148,8 +150,9 @@ def _merge(arguments: argparse.Namespace) -> int:
     workers = _count_workers(arguments.workers)
     from launch.preparing import merge_and_tell, pack_and_tell
 
-    directory = merge_and_tell(arguments.directory, workers=workers)
-    pack_and_tell(directory, arguments.pack_tokens)
+    with stopped_as_by_ctrl_c():
+        directory = merge_and_tell(arguments.directory, workers=workers)
+        pack_and_tell(directory, arguments.pack_tokens)
     print(directory)
     return 0
 
