@@ -250,6 +250,15 @@ class DataConfig(BaseModel):
         """The sources as messages name them."""
         return ", ".join(source.given for source in self.sources)
 
+    def shared_between_splits(self) -> dict[str, list[str]]:
+        """The addresses of sources that are given for more than one split, and for which ones."""
+        places: dict[str, list[str]] = {}
+        for source in self.sources:
+            into = [source.into] if source.into is not None else [" and ".join(DIVIDED)]
+            address = source.given.removeprefix(f"{source.into}=")
+            places[address] = [*places.get(address, []), *into]
+        return {address: splits for address, splits in places.items() if len(set(splits)) > 1}
+
     @property
     def splits(self) -> tuple[str, ...]:
         """The names of the splits that preparing makes, sorted."""

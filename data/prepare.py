@@ -1,7 +1,6 @@
 """Preparation: sources become a directory of shards with a manifest, completely or not at all. Imports no torch."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -16,9 +15,20 @@ from data.addresses import is_remote
 from data.build import Job
 from data.config import IMAGE_KINDS, DataConfig, bpe_size
 from data.dataset_files import finish_dataset, sync_directory
-from data.locks import take_lock
 from data.manifest import FORMAT_VERSION, TokenizerEntry
 from data.origin import state_of
+from data.place import (
+    FULL,
+    clean_up,
+    exists,
+    in_one_line,
+    inside,
+    lock_removed_with_all_else,
+    locked,
+    refuse_unfit,
+    remove_leftovers,
+    workspaces_of,
+)
 from data.schedule import UnitSchedule, Verification, Watch
 from data.sources import Source, common_class_names, open_source, source_state
 from data.store import LocalStore, read_manifest
@@ -27,20 +37,6 @@ from data.units import Plan, Unit, fraction_of, make_plan, plan_units
 from data.vocabulary import Tell, identify_tokenizer, place_tokenizer, tokenizer_there
 from data.workers import work_through
 from data.workspace import GroupRecord, Workspace, directory_name, tokenizer_hash
-
-# No room on the disk, over the quota, over the process's limit of file size.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-UNWRITABLE = (
-    *FULL,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-)
 
 
 @dataclass(frozen=True)
@@ -110,18 +106,19 @@ def prepare(
     """
     directory = prepared_directory(config)
     call = _Call(directory, len(os.sched_getaffinity(0)) if workers is None else workers, watch, tell or _ignore)
+    refuse_unfit(directory)
     if _is_prepared(directory, config):
-        _remove_leftovers(directory)
+        remove_leftovers(directory)
         return directory
-    with _in_one_line(directory):
+    with in_one_line(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         if part is not None:
             _prepare_part(config, part, call)
             return directory
-        with _locked(directory):
+        with locked(directory), lock_removed_with_all_else(directory):
             if not _is_prepared(directory, config):  # another process may have made it while this one waited
                 _prepare_whole(config, call)
-            _clean_up(directory)
+            clean_up(directory)
     return directory
 
 
@@ -132,13 +129,16 @@ def merge(directory: Path, *, workers: int | None = None, watch: Watch | None = 
     one line where groups are missing or damaged: which parts to run again.
     """
     call = _Call(directory, len(os.sched_getaffinity(0)) if workers is None else workers, watch, tell or _ignore)
-    with _in_one_line(directory):
-        if not _home(directory).is_dir():  # it goes when the dataset has its name: this one is made, or was never begun
-            if not _exists(directory):
+    with in_one_line(directory):
+        if not workspaces_of(
+            directory
+        ).is_dir():  # it goes when the dataset has its name: this one is made, or was never begun
+            if not exists(directory):
                 raise _no_parts(directory, "nothing was prepared for it")
             read_manifest(LocalStore(directory))
             return False
-        with _locked(directory):
+        refuse_unfit(directory)
+        with locked(directory):
             return _merge(call)
 
 
@@ -161,9 +161,9 @@ class _Planned:
 
 
 def _prepare_whole(config: DataConfig, call: _Call) -> None:
-    planned = _make_plan(config)
-    home = _home(call.directory)
-    others = [path for path in _inside(home) if path.name != directory_name(planned.plan)]
+    planned = _make_plan(config, call.tell)
+    home = workspaces_of(call.directory)
+    others = [path for path in inside(home) if path.name != directory_name(planned.plan)]
     if others:
         call.tell(f"{call.directory}: the source or an option has changed since this was begun: starting anew")
     for path in others:
@@ -175,7 +175,7 @@ def _prepare_whole(config: DataConfig, call: _Call) -> None:
         entry, records = _carry_out(config, planned, workspace, range(len(planned.plan.groups)), call)
     except ValueError:
         # Nothing that another start could go on from: leave nothing.
-        if not _inside(workspace.root / "groups") and not _inside(workspace.root / "units"):
+        if not inside(workspace.root / "groups") and not inside(workspace.root / "units"):
             shutil.rmtree(home)
         raise
     try:
@@ -186,9 +186,9 @@ def _prepare_whole(config: DataConfig, call: _Call) -> None:
 
 
 def _prepare_part(config: DataConfig, part: Part, call: _Call) -> None:
-    planned = _make_plan(config)
-    home = _home(call.directory)
-    others = [path.name for path in _inside(home) if path.name != directory_name(planned.plan)]
+    planned = _make_plan(config, call.tell)
+    home = workspaces_of(call.directory)
+    others = [path.name for path in inside(home) if path.name != directory_name(planned.plan)]
     if others:
         raise ValueError(
             f"--part {part.number}/{part.of}: {home} was begun with another source or other options, or the source has "
@@ -206,7 +206,11 @@ def _prepare_part(config: DataConfig, part: Part, call: _Call) -> None:
     )
 
 
-def _make_plan(config: DataConfig) -> _Planned:
+def _make_plan(config: DataConfig, tell: Tell) -> _Planned:
+    for address, splits in config.shared_between_splits().items():
+        tell(
+            f"warning: source {address} is given for {' and for '.join(splits)}: the same documents are in several splits"
+        )
     seen = [state_of(given) for given in config.sources]  # first: a file that comes meanwhile is a change that is told
     sources = [open_source(given) for given in config.sources]
     units = plan_units(sources)
@@ -265,9 +269,9 @@ def _finish(
 
 def _merge(call: _Call) -> bool:
     directory = call.directory
-    if _exists(directory):
+    if exists(directory):
         read_manifest(LocalStore(directory))
-        _clean_up(directory)
+        clean_up(directory)
         return False
     workspace, plan = _parts_of(directory)
     entry = _tokenizer_of_parts(workspace, plan)
@@ -277,12 +281,12 @@ def _merge(call: _Call) -> bool:
     work_through(verification, _job(plan, workspace, entry), min(call.workers, len(plan.groups)))
     _refuse_missing(workspace, directory, plan, verification.damaged, "damaged")
     _finish(workspace, directory, plan, entry, verification.records)
-    _clean_up(directory)
+    clean_up(directory)
     return True
 
 
 def _parts_of(directory: Path) -> tuple[Workspace, Plan]:
-    found = _inside(_home(directory))
+    found = inside(workspaces_of(directory))
     if len(found) != 1:
         what = "nothing was prepared for it" if not found else f"{len(found)} preparations were begun, of other options"
         raise _no_parts(directory, what)
@@ -322,7 +326,7 @@ def _refuse_missing(workspace: Workspace, directory: Path, plan: Plan, groups: S
 
 def _is_prepared(directory: Path, config: DataConfig) -> bool:
     """Whether the dataset is there already; a ValueError if the directory holds anything else."""
-    if not _exists(directory):
+    if not exists(directory):
         return False
     manifest = read_manifest(LocalStore(directory))
     found: dict[str, object] = {
@@ -338,60 +342,6 @@ def _is_prepared(directory: Path, config: DataConfig) -> bool:
                 "change the recipe or choose another data.directory"
             )
     return True
-
-
-def _exists(directory: Path) -> bool:
-    return os.path.lexists(directory) and not (directory.is_dir() and not any(directory.iterdir()))
-
-
-def _home(directory: Path) -> Path:
-    """Where the workspaces of a dataset lie."""
-    return directory.parent / f".{directory.name}.preparing"
-
-
-def _inside(path: Path) -> list[Path]:
-    return sorted(path.iterdir()) if path.is_dir() else []
-
-
-def _remove_leftovers(directory: Path) -> None:
-    """Clean up after a process that was killed between giving the dataset its name and doing this itself."""
-    if _home(directory).exists():
-        with _locked(directory):
-            _clean_up(directory)
-
-
-def _clean_up(directory: Path) -> None:
-    """Remove the lock, which this process holds, and then the workspaces: whoever finds one of those does this again.
-
-    Only where the dataset has its name. Over a network file system another machine may for moments see the lock where it
-    was removed, and take it while a third one makes a new one: harmless then, because there is nothing left to make.
-    """
-    _lock_path(directory).unlink(missing_ok=True)
-    shutil.rmtree(_home(directory), ignore_errors=True)  # others may be at it too
-
-
-def _lock_path(directory: Path) -> Path:
-    return directory.parent / f".{directory.name}.lock"
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    lock = take_lock(_lock_path(directory), wait=True)
-    assert lock is not None
-    with lock:
-        yield
-
-
-@contextlib.contextmanager
-def _in_one_line(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in UNWRITABLE:
-            raise ValueError(
-                f"{directory}: cannot be written ({error.filename}: {error.strerror}); set data.directory"
-            ) from error
-        raise
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from data.build import split_of
 from data.config import DataConfig
 from data.dataset import open_dataset
 from data.errors import CorruptData
-from data.prepare import prepare, prepared_directory
+from data.prepare import Part, prepare, prepared_directory
 from data.schedule import Progress
 from data.store import LocalStore, read_manifest
 from tests.data.data_helpers import contents, lorem, token_config, write_jsonl
@@ -66,6 +66,46 @@ def test_what_lies_in_the_way_is_left_alone(tmp_path: Path) -> None:
     (config.directory / "manifest.json").write_text("{")
     with pytest.raises(CorruptData, match="altered or damaged"):
         prepare(config)
+
+
+def test_a_place_that_no_dataset_can_take_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path / "empty")
+    for place, message in (
+        ("/proc", r"^/proc: is a mount point, which no dataset can replace; give a directory below it$"),
+        (tmp_path / "link", r"link: is a link, which no dataset can replace; give what it leads to \(.*empty\)"),
+        (tmp_path / "nowhere", r"nowhere: is a link, which"),
+        (".", r"^\.: a dataset's directory needs a name of its own"),
+        ("..", r"^\.\.: a dataset's directory needs a name of its own"),
+    ):
+        config = DataConfig(source=f"text:{tmp_path}/no such file", directory=Path(place))
+        for work in (lambda config=config: prepare(config), lambda config=config: prepare(config, part=Part(1, 2))):
+            with pytest.raises(ValueError, match=message):
+                work()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link", "nowhere"]
+    config = token_config(tmp_path)
+    (tmp_path / "made").symlink_to(prepare(config))  # a link to what is made is as good as that
+    assert prepare(config.model_copy(update={"directory": tmp_path / "made"})) == tmp_path / "made"
+
+
+def test_a_source_of_several_splits_is_told(tmp_path: Path) -> None:
+    texts = f"jsonl:{write_jsonl(tmp_path / 'corpus.jsonl', [lorem(number) for number in range(60)])}#text"
+    for number, (sources, where) in enumerate(
+        (
+            ((f"train={texts}", f"validation={texts}"), "for train and for validation"),
+            ((texts, f"test={texts}"), "for train and validation and for test"),
+            ((f"train={texts}", f"train={texts}", "validation=stdlib"), None),
+        )
+    ):
+        told: list[str] = []
+        prepare(DataConfig(source=sources, directory=tmp_path / str(number)), tell=told.append)
+        warnings = [line for line in told if line.startswith("warning: ")]
+        text = f"warning: source {texts} is given {where}: the same documents are in several splits"
+        assert warnings == ([text] if where else [])
 
 
 def test_the_derived_name_follows_all_that_determines_the_bytes(
