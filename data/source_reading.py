@@ -108,7 +108,9 @@ def lines_of(path: Path, start: int, stop: int | None) -> Iterator[tuple[int, by
         with open_bytes(path) as file:
             if is_compressed(path):
                 start, stop = 0, None
-            position = start and _next_line(file, start)
+            position = _next_line(file, start, stop) if start else 0
+            if position is None:
+                return
             for line in file:
                 if stop is not None and position >= stop:
                     break
@@ -118,10 +120,12 @@ def lines_of(path: Path, start: int, stop: int | None) -> Iterator[tuple[int, by
         raise _unreadable(path, error) from None
 
 
-def _next_line(file: BinaryIO, start: int) -> int:
-    """Go to the first line that begins at byte `start` or later, and return where that is."""
+def _next_line(file: BinaryIO, start: int, stop: int | None) -> int | None:
+    """Go to the first line that begins at bytes [start, stop), and return where that is; None if none does. Nothing from `stop`
+    on is read: of a file that is one long line, each unit would else read all the rest."""
     file.seek(start - 1)
-    return start - 1 + len(file.readline())
+    skipped = file.readline(-1 if stop is None else stop - start)
+    return start - 1 + len(skipped) if skipped.endswith(b"\n") else None
 
 
 def _line_at(path: Path, position: int) -> str:

@@ -7,6 +7,7 @@ import lzma
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -247,6 +248,19 @@ def test_a_line_belongs_to_the_unit_in_which_it_begins(
     assert read == content.splitlines(keepends=True) or b"".join(read) == content
     assert all(line.endswith(b"\n") for line in read[:-1])
     assert b"".join(read) == content
+
+
+def test_of_a_long_line_only_the_unit_in_which_it_begins_reads_more_than_itself(tmp_path: Path) -> None:
+    path, size, unit_bytes = tmp_path / "line.txt", 40_000_000, 1 << 16
+    path.write_bytes(b"x" * size + b"\nlast")
+    tracemalloc.start()
+    try:
+        for start in (unit_bytes, size // 2):
+            assert list(lines_of(path, start, start + unit_bytes)) == []
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert list(lines_of(path, size - 10, size + 5)) == [(size + 1, b"last")]
 
 
 def test_sources_side_by_side_and_whole_splits(tmp_path: Path) -> None:
@@ -553,7 +567,7 @@ def test_bad_sources_are_named_in_one_line(tmp_path: Path, source: str, message:
         prepared(tmp_path, source.format(tmp_path))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "prepared").exists()
-    assert [path for path in tmp_path.glob(".prepared*") if path.is_dir()] == []
+    assert list(tmp_path.glob(".prepared*")) == []
 
 
 def test_the_checked_file_maps_what_was_written(tmp_path: Path) -> None:
