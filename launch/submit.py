@@ -19,10 +19,11 @@ from distrib.manifest import write_durably
 from launch import slurm
 from launch.config import RunConfig
 from launch.exit_codes import DONE
+from launch.own_code import find_own_code
 from launch.recipe import load_recipe
 from launch.run_directory import RUNS, new_numbered, next_numbered
 from launch.submit_script import TEMPLATES, Setting, fill_in, format_duration, parse_time, setting_of
-from launch.submit_snapshot import CODE_DIRECTORY, RECIPE_FILE, take_snapshot
+from launch.submit_snapshot import CODE_DIRECTORY, OWN_CODE_DIRECTORY, RECIPE_FILE, take_snapshot
 from launch.submit_sweep import MANIFEST_FILE, Row, format_manifest, make_rows
 
 FOLDER = "slurm"
@@ -62,6 +63,8 @@ def submit(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--failures {arguments.failures}: must be at least 0")
     rows = make_rows(arguments.recipe, arguments.overrides, arguments.sweep) if arguments.sweep else None
     shape = _shape_of(arguments, config)
+    of_rows = [row.config for row in rows or ()]
+    own_code = find_own_code(kind for each in (config, *of_rows) for kind in (each.model.kind, each.task.kind))
     options = _options(arguments.after)
     provisional = _directory_to_be(config, rows)
     script = _render(arguments, config, shape, rows, provisional)
@@ -81,9 +84,9 @@ def submit(arguments: argparse.Namespace) -> int:
     with _new_directory(config, rows) as directory:
         folder = directory / FOLDER
         folder.mkdir(parents=True)
-        take_snapshot(config, folder)
+        rows_of_copies = take_snapshot(config, rows or (), own_code, folder)
         if rows is not None:
-            (folder / MANIFEST_FILE).write_text(format_manifest(rows), encoding="utf-8")
+            (folder / MANIFEST_FILE).write_text(format_manifest(rows_of_copies), encoding="utf-8")
         path = folder / _template_name(rows)
         path.write_text(_render(arguments, config, shape, rows, directory), encoding="utf-8")
         job = slurm.submit(path, options, here)
@@ -201,6 +204,7 @@ def _render(
     directives |= {name: value for name, value in site.items() if value is not None}
     settings: dict[str, Setting] = {
         "lockstep": str(folder / CODE_DIRECTORY),
+        "own_code": str(folder / OWN_CODE_DIRECTORY),
         "recipe": str(folder / RECIPE_FILE),
         "workers": str(shape.workers),
     }

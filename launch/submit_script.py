@@ -9,6 +9,8 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).parent.parent
 TEMPLATES = CHECKOUT / "slurm"
+PACKAGES = ("launch", "distrib", "models", "data", "slurm")
+"""The folders that are Lockstep."""
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 
 Setting = str | Sequence[str]

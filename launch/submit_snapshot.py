@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launch.config import RunConfig
+from launch.own_code import OwnCode
 from launch.recipe import dump_recipe
-from launch.submit_script import CHECKOUT
+from launch.submit_script import CHECKOUT, PACKAGES
+from launch.submit_sweep import Row
 
-PACKAGES = ("launch", "distrib", "models", "data", "slurm")
 _CODE = (".py", ".sh", ".sbatch", ".yaml", ".html", ".css")
 CODE_DIRECTORY = "code"
+OWN_CODE_DIRECTORY = "own"
 RECIPE_FILE = "recipe.yaml"
+_DEEPSPEED_KEY = "parallel.deepspeed_config"
 
 
-def take_snapshot(config: RunConfig, folder: Path) -> None:
-    """Writes `code/` and `recipe.yaml` into `folder`: Lockstep itself, the user's own model or task where the recipe names
-    one that lies where they stand, and the resolved recipe."""
-    code = folder / CODE_DIRECTORY
+def take_snapshot(config: RunConfig, rows: Sequence[Row], own_code: OwnCode, folder: Path) -> list[Row]:
+    """Writes `code/`, `own/` and `recipe.yaml` into `folder`: Lockstep itself, the user's own code, and the resolved recipe.
+    The rows of a sweep are given back as they name the copies."""
     for package in PACKAGES:
-        _copy_code(CHECKOUT / package, code / package)
-    for kind in (config.model.kind, config.task.kind):
-        if ":" in kind:
-            _copy_own_code(kind, code)
+        _copy_code(CHECKOUT / package, folder / CODE_DIRECTORY / package)
+    own_code.copy_to(folder / OWN_CODE_DIRECTORY)
     config = _with_own_deepspeed_file(config, folder)
     (folder / RECIPE_FILE).write_text(dump_recipe(config), encoding="utf-8")
+    return [_row_with_own_deepspeed_file(row, folder) for row in rows]
 
 
 def _copy_code(source: Path, target: Path) -> None:
@@ -38,20 +41,6 @@ def _copy_code(source: Path, target: Path) -> None:
             shutil.copyfile(path, copy)
 
 
-def _copy_own_code(kind: str, code: Path) -> None:
-    """The top package or module of `package.module:function`, where it lies below the current directory; what is installed
-    elsewhere stays there."""
-    top = kind.partition(":")[0].partition(".")[0]
-    spec = importlib.util.find_spec(top)
-    assert spec is not None  # load_recipe has found it
-    places = [Path(place) for place in spec.submodule_search_locations or ()]
-    if places:
-        if places[0].resolve().is_relative_to(Path.cwd().resolve()):
-            _copy_code(places[0], code / top)
-    elif spec.origin is not None and Path(spec.origin).resolve().is_relative_to(Path.cwd().resolve()):
-        shutil.copyfile(spec.origin, code / Path(spec.origin).name)
-
-
 def _with_own_deepspeed_file(config: RunConfig, folder: Path) -> RunConfig:
     file = config.parallel.deepspeed_config
     if file is None:
@@ -60,3 +49,15 @@ def _with_own_deepspeed_file(config: RunConfig, folder: Path) -> RunConfig:
     shutil.copyfile(file, copy)
     parallel = config.parallel.model_copy(update={"deepspeed_config": copy})
     return config.model_copy(update={"parallel": parallel})
+
+
+def _row_with_own_deepspeed_file(row: Row, folder: Path) -> Row:
+    """A row that replaces the recipe's file by another one."""
+    file = row.config.parallel.deepspeed_config
+    place = next((n for n, word in enumerate(row.overrides) if word.startswith(f"{_DEEPSPEED_KEY}=")), None)
+    if file is None or place is None:
+        return row
+    copy = folder / f"deepspeed-{row.name}.json"
+    shutil.copyfile(file, copy)
+    overrides = [*row.overrides[:place], f"{_DEEPSPEED_KEY}={json.dumps(str(copy))}", *row.overrides[place + 1 :]]
+    return replace(row, overrides=tuple(overrides))

@@ -17,10 +17,11 @@ _OWN_KEYS = ("run.directory", "run.name")
 
 @dataclass(frozen=True)
 class Row:
-    """One run of a sweep: its name, and what it replaces in the recipe."""
+    """One run of a sweep: its name, what it replaces in the recipe, and what the recipe is then."""
 
     name: str
     overrides: tuple[str, ...]
+    config: RunConfig
 
 
 def make_rows(recipe: str, overrides: Sequence[str], sweeps: Sequence[str]) -> list[Row]:
@@ -44,8 +45,9 @@ def make_rows(recipe: str, overrides: Sequence[str], sweeps: Sequence[str]) -> l
     rows = []
     for number, choice in enumerate(itertools.product(*axes), start=1):
         name = f"{number:03d}"
-        row = Row(name, (*choice, f"run.name={base.run.name}-{name}"))
-        _refuse_other_meaning(base, load_recipe(recipe, [*overrides, *row.overrides]), row)
+        replaced = (*choice, f"run.name={base.run.name}-{name}")
+        row = Row(name, replaced, load_recipe(recipe, [*overrides, *replaced]))
+        _refuse_other_meaning(base, row)
         rows.append(row)
     return rows
 
@@ -53,12 +55,6 @@ def make_rows(recipe: str, overrides: Sequence[str], sweeps: Sequence[str]) -> l
 def format_manifest(rows: Sequence[Row]) -> str:
     """Lines `NAME<tab>section.key=value<tab>...`, as slurm/sweep.sbatch reads them."""
     return "".join("\t".join((row.name, *row.overrides)) + "\n" for row in rows)
-
-
-def read_manifest(path: Path) -> list[Row]:
-    """The rows of a manifest that `format_manifest` wrote."""
-    lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
-    return [Row(name, tuple(overrides)) for name, *overrides in lines]
 
 
 def split_values(text: str) -> list[str]:
@@ -78,7 +74,7 @@ def split_values(text: str) -> list[str]:
     return [value.strip() for value in values]
 
 
-def _refuse_other_meaning(base: RunConfig, asked: RunConfig, row: Row) -> None:
+def _refuse_other_meaning(base: RunConfig, row: Row) -> None:
     """A job replaces keys in the resolved recipe: that must give what replacing them in the recipe itself gives."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "resolved.yaml"
@@ -87,7 +83,7 @@ def _refuse_other_meaning(base: RunConfig, asked: RunConfig, row: Row) -> None:
             resolved = load_recipe(str(path), row.overrides)
         except ValueError:
             resolved = base
-    if resolved != asked:
+    if resolved != row.config:
         raise ValueError(
             f"--sweep: {' '.join(row.overrides[:-1])} also changes what the recipe leaves to defaults; "
             "submit such runs one by one"

@@ -17,8 +17,8 @@ if [ -z "$LOCKSTEP_CHAINED" ]; then
     if [ -n "$venv" ]; then
         PATH=$venv/bin:$PATH
     fi
-    # This copy of the code before any other, and a user's own modules, which lie where the job was submitted, after it:
-    # without PYTHONSAFEPATH `python -m` would look there first.
-    export PYTHONPATH=$lockstep:$PWD${PYTHONPATH:+:$PYTHONPATH}
+    # This copy of the code before any other, and a user's own modules after it. Without PYTHONSAFEPATH `python -m` would
+    # look first where the job was submitted, whose files somebody may have edited since.
+    export PYTHONPATH=$lockstep:${own_code:-$PWD}${PYTHONPATH:+:$PYTHONPATH}
     export PYTHONSAFEPATH=1
 fi

@@ -11,21 +11,26 @@ from typing import Any
 
 import pytest
 
-from launch.submit_script import TEMPLATES, fill_in
-from launch.submit_snapshot import PACKAGES
+from launch.submit_script import PACKAGES, TEMPLATES, fill_in
 from tests.end_to_end.runs import digests, final_bytes, wait_until, write_recipe
 from tests.slurm.conftest import STEPS, Site, attempts
 
 pytestmark = pytest.mark.long
 CHECKOUT = Path(__file__).parents[2]
 OWN_MODEL = """
+import json
+from pathlib import Path
+
 import torch
+from width_of_model import WIDTH
+
+assert json.loads((Path(__file__).parent / "settings.json").read_text()) == {"width": WIDTH}
 
 class Model(torch.nn.Module):
     def __init__(self, shape):
         super().__init__()
-        self.embedding = torch.nn.Embedding(shape.vocabulary_size, 16)
-        self.out = torch.nn.Linear(16, shape.vocabulary_size)
+        self.embedding = torch.nn.Embedding(shape.vocabulary_size, WIDTH)
+        self.out = torch.nn.Linear(WIDTH, shape.vocabulary_size)
 
     def forward(self, tokens):
         return self.out(self.embedding(tokens))
@@ -147,20 +152,22 @@ def test_a_cancelled_run_does_not_come_back(site: Site, recipe: Path) -> None:
 def test_a_waiting_job_does_not_see_later_edits(
     site: Site, recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Lockstep itself, the recipe and the user's own model."""
+    """Lockstep itself, the recipe, and the user's own model with its data file and the module that it imports."""
     checkout = tmp_path / "checkout"
     for package in PACKAGES:
         shutil.copytree(CHECKOUT / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
     here = tmp_path / "here"
-    here.mkdir()
-    model = here / "own_model.py"
+    model, settings, helper = here / "own" / "model.py", here / "own" / "settings.json", here / "width_of_model.py"
+    model.parent.mkdir(parents=True)
     model.write_text(OWN_MODEL)
+    settings.write_text('{"width": 16}')
+    helper.write_text("WIDTH = 16\n")
     values = recipe_values(run={"name": "tiny", "steps": 5, "device": "cpu"})
-    values["model"] = {"kind": "own_model:build"}
+    values["model"] = {"kind": "own.model:build"}
     recipe = write_recipe(here / "tiny.yaml", values)
     mine = Site(site.cluster, here)
     job, run = mine.submit(recipe, "--sbatch=--hold", environment={"PYTHONPATH": str(checkout)})
-    for file in (checkout / "launch" / "train.py", checkout / "slurm" / "run.sh", model, recipe):
+    for file in (checkout / "launch" / "train.py", checkout / "slurm" / "run.sh", model, settings, helper, recipe):
         file.write_text("this is not what was submitted (")
     site.cluster.run("scontrol", "release", job)
     mine.finish(job, run)

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from launch.cli import main
-from launch.recipe import load_recipe
+from launch.own_code import find_own_code
+from launch.recipe import SHIPPED_RECIPES, load_recipe, parse_yaml
 from launch.submit import share_of_batch
 from launch.submit_script import TEMPLATES, fill_in, format_duration, parse_time, setting_of
 from launch.submit_snapshot import take_snapshot
-from launch.submit_sweep import split_values
+from launch.submit_sweep import make_rows, split_values
+from tests.end_to_end.runs import write_recipe
 
 GOLDEN = Path(__file__).parent / "golden"
 CPUS = ("--gpus-per-node", "0", "--time", "10")
@@ -172,10 +174,25 @@ def test_what_is_of_a_site_stands_at_the_top_of_every_template() -> None:
 def test_a_snapshot_holds_the_code_the_recipe_and_what_it_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A package whole, with its data files; of what lies beside it what it imports, and what that imports."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "mine_for_snapshots").mkdir()
-    (tmp_path / "mine_for_snapshots" / "model.py").write_text("def build(shape): ...\n")
+    package = tmp_path / "mine_for_snapshots"
+    for path in (
+        "model.py",
+        "settings.json",
+        "deep/table.bin",
+        "__pycache__/model.pyc",
+        ".git/HEAD",
+        "venv/pyvenv.cfg",
+    ):
+        (package / path).parent.mkdir(parents=True, exist_ok=True)
+        (package / path).write_text("")
+    (package / "model.py").write_text("def build(shape):\n    from beside_for_snapshots import part\n    import yaml\n")
+    (tmp_path / "beside_for_snapshots.py").write_text("import further_for_snapshots.part\nimport data.stream\n")
+    (tmp_path / "further_for_snapshots").mkdir()
+    (tmp_path / "further_for_snapshots" / "part.py").write_text("import mine_for_snapshots.model\n")
+    (tmp_path / "not_named_for_snapshots.py").write_text("")
     (tmp_path / "zero.json").write_text("{}")
     config = load_recipe(
         "lenet-digits",
@@ -187,14 +204,62 @@ def test_a_snapshot_holds_the_code_the_recipe_and_what_it_names(
     )
     folder = tmp_path / "slurm"
     folder.mkdir()
-    take_snapshot(config, folder)
+    take_snapshot(config, (), find_own_code([config.model.kind, config.task.kind]), folder)
     for name in ("launch/train.py", "launch/recipes/lenet-digits.yaml", "launch/templates/report.html", "slurm/run.sh",
-                 "distrib/world.py", "models/tasks.py", "data/stream.py", "mine_for_snapshots/model.py"):  # fmt: skip
+                 "distrib/world.py", "models/tasks.py", "data/stream.py"):  # fmt: skip
         assert (folder / "code" / name).is_file()
     assert not list(folder.rglob("__pycache__"))
+    assert sorted(str(path.relative_to(folder / "own")) for path in folder.glob("own/**/*") if path.is_file()) == [
+        "beside_for_snapshots.py",
+        "further_for_snapshots/part.py",
+        "mine_for_snapshots/deep/table.bin",
+        "mine_for_snapshots/model.py",
+        "mine_for_snapshots/settings.json",
+    ]
     resolved = load_recipe(str(folder / "recipe.yaml"))
     assert resolved.parallel.deepspeed_config == folder / "deepspeed.json"
     assert resolved.model == config.model
+
+
+def test_a_snapshot_holds_what_every_row_of_a_sweep_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in "ab":
+        (tmp_path / f"row_{name}_for_snapshots.py").write_text("def build(shape): ...\n")
+        (tmp_path / f"zero_{name}.json").write_text(
+            json.dumps({"zero_optimization": {"reduce_bucket_size": ord(name)}})
+        )
+    overrides = ["parallel.engine=deepspeed", "parallel.zero_stage=1"]
+    sweeps = [
+        "model.kind=row_a_for_snapshots:build,row_b_for_snapshots:build",
+        "parallel.deepspeed_config=zero_a.json,zero_b.json",
+    ]
+    shipped = parse_yaml((SHIPPED_RECIPES / "lenet-digits.yaml").read_text(), "lenet-digits")
+    recipe = write_recipe(tmp_path / "mine.yaml", shipped | {"model": {"kind": "row_a_for_snapshots:build"}})
+    rows = make_rows(str(recipe), overrides, sweeps)
+    own_code = find_own_code(row.config.model.kind for row in rows)
+    (folder := tmp_path / "slurm").mkdir()
+    rows = take_snapshot(load_recipe(str(recipe), overrides), rows, own_code, folder)
+    assert sorted(path.name for path in (folder / "own").iterdir()) == [f"row_{name}_for_snapshots.py" for name in "ab"]
+    for row, name in zip(rows, "abab", strict=True):
+        in_job = load_recipe(str(folder / "recipe.yaml"), row.overrides)
+        assert in_job.parallel.deepspeed_config == folder / f"deepspeed-{row.name}.json"
+        assert str(ord(name)) in in_job.parallel.deepspeed_config.read_text()
+
+
+def test_own_code_that_is_too_much_to_be_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "large_for_snapshots").mkdir()
+    (tmp_path / "large_for_snapshots" / "model.py").write_text("def build(shape): ...\n")
+    with (tmp_path / "large_for_snapshots" / "weights.bin").open("wb") as file:
+        file.truncate(65 * 2**20)
+    assert main(["submit", "lenet-digits", *CPUS, "model.kind=large_for_snapshots.model:build"]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "65 MiB, more than 64" in told
+    assert "large_for_snapshots/weights.bin (65 MiB)" in told
 
 
 def test_jobs_where_nothing_was_submitted(
