@@ -15,6 +15,7 @@ from launch.arguments import add_training_arguments, parse_with_overrides
 from launch.config import RunConfig
 from launch.exit_codes import FAILED, USAGE
 from launch.recipe import load_recipe
+from launch.refusal import directory_in, leave_refusal
 from launch.run_directory import Resume, decide_resume
 from launch.stopping import StopRequest
 from launch.supervised import supervised_by
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_training_arguments(parser)
     arguments = parse_with_overrides(parser, argv)
     launch: Launch | None = None
+    directory = directory_in(arguments.overrides)
     try:
         launch = read_launch(local_rank_argument=arguments.local_rank)
         config = load_recipe(arguments.recipe, arguments.overrides)
@@ -36,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if launch is None or launch.rank == 0:
             print(f"lockstep: error: {error}", file=sys.stderr)
+        leave_refusal(directory, str(error))
         return USAGE
     return run_worker(config, resume, launch, allow_change=arguments.allow_change)
 
@@ -57,6 +60,7 @@ def run_worker(config: RunConfig, resume: Resume, launch: Launch, *, allow_chang
         world = join_world(launch, config.run.device, config.parallel)
     except ValueError as error:
         print(f"lockstep: error: {error}", file=sys.stderr)
+        leave_refusal(resume.directory, str(error))
         return USAGE
     except ConnectionError as error:
         print(f"lockstep: error: {error}", file=sys.stderr)
@@ -74,6 +78,8 @@ def run_worker(config: RunConfig, resume: Resume, launch: Launch, *, allow_chang
             pass  # it tells who is gone
         elif world.rank == 0 or not (ending.told_by_all or ending.peer_lost):
             print(f"lockstep: error: {ending.reason}", file=sys.stderr, flush=True)
+        if ending.exit_code == USAGE:
+            leave_refusal(resume.directory, ending.reason)
         if ending.told_by_all:
             leave_world(world)
         _end_without_waiting_threads(ending.exit_code)
