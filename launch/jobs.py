@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.exit_codes import DO_NOT_RESTART, DONE, STOPPED_EARLY, USAGE
 from launch.recipe import parse_yaml
 from launch.run_directory import OUTCOME_FILE
-from launch.slurm import QueuedJob, find_jobs
-from launch.submit import FOLDER, LIST_OF_SUBMITTED, RECORD_FILE
+from launch.slurm import NoAnswer, QueuedJob, find_jobs
 from launch.submit_script import format_duration
+from launch.submitted import FOLDER, RECORD_FILE, SubmittedRun, runs_of, submitted_from_here, was_submitted
 from launch.tables import format_table
 from launch.tracking.metrics_file import read_last_step
 
@@ -23,55 +23,39 @@ _ENDED = {DONE: "done", STOPPED_EARLY: "stopped", USAGE: "refused", DO_NOT_RESTA
 _OVER = ("COMPLETED", "FAILED")
 
 
-@dataclass(frozen=True)
-class SubmittedRun:
-    """A run that was submitted, alone or as a row of a sweep."""
-
-    directory: Path
-    job: str
-    """JOB or ARRAY_TASK."""
-
-
 def show_jobs(directories: Sequence[Path]) -> int:
     """Prints a line for each run, the newest last. Raises ValueError for a directory that was never submitted."""
+    gone: dict[Path, str] = {}
     if directories:
         for directory in directories:
-            if not (directory / FOLDER / RECORD_FILE).is_file():
+            if not was_submitted(directory):
                 raise ValueError(f"{directory}: was not submitted by `lockstep submit` (no {FOLDER}/{RECORD_FILE})")
     else:
-        directories = _submitted_from_here()
+        submitted = submitted_from_here()
+        directories = [directory for directory in submitted if was_submitted(directory)]
+        gone = {directory: job for directory, job in submitted.items() if job and not was_submitted(directory)}
     runs = [run for directory in directories for run in runs_of(directory)]
-    if not runs:
+    if not runs and not gone:
         print("no run was submitted from here; `lockstep submit RECIPE ...` submits one")
         return DONE
-    known = find_jobs([run.job for run in runs])
-    print(format_table([_HEADINGS, *(_row(run, known.get(run.job)) for run in runs)]))
+    try:
+        known = find_jobs([*(run.job for run in runs), *gone.values()])
+    except NoAnswer as error:
+        print(f"lockstep: warning: {error}; runs are shown as their own files say", file=sys.stderr)
+        known = {}
+    rows = [_row(run, known.get(run.job)) for run in runs]
+    rows += [row for directory, job in gone.items() for row in _rows_of_gone(directory, job, known)]
+    print(format_table([_HEADINGS, *rows]))
     return DONE
 
 
-def runs_of(directory: Path) -> list[SubmittedRun]:
-    """The runs of a submission: one, or one for each row of a sweep; each with the job that was the last to take it up."""
-    record = json.loads((directory / FOLDER / RECORD_FILE).read_text())
-    if record["rows"] is None:
-        return [SubmittedRun(directory, _last_job(directory) or record["job"])]
+def _rows_of_gone(directory: Path, submitted: str, known: Mapping[str, QueuedJob]) -> list[tuple[str, ...]]:
+    """What Slurm still knows of the jobs of a run whose directory is not there any more."""
     return [
-        SubmittedRun(directory / name, _last_job(directory / name) or f"{record['job']}_{number}")
-        for number, name in enumerate(record["rows"], start=1)
+        (name, _short(directory), _state(job, {}), "", "", "", "", job.time_left or "", "its directory is gone")
+        for name, job in known.items()
+        if name == submitted or name.startswith(f"{submitted}_")
     ]
-
-
-def _submitted_from_here() -> list[Path]:
-    """Those that are still there."""
-    if not LIST_OF_SUBMITTED.exists():
-        return []
-    listed = dict.fromkeys(LIST_OF_SUBMITTED.read_text(encoding="utf-8").splitlines())
-    return [Path(line) for line in listed if (Path(line) / FOLDER / RECORD_FILE).is_file()]
-
-
-def _last_job(directory: Path) -> str | None:
-    """The job that started last in this run's directory: another one, where it was chained or submitted again by hand."""
-    path = directory / FOLDER / "jobs.txt"
-    return path.read_text().split()[-1] if path.exists() else None
 
 
 def _row(run: SubmittedRun, job: QueuedJob | None) -> tuple[str, ...]:

@@ -18,18 +18,16 @@ from distrib.capabilities import count_shards
 from distrib.manifest import write_durably
 from launch import slurm
 from launch.config import RunConfig
-from launch.exit_codes import DONE
+from launch.exit_codes import DONE, FAILED
 from launch.own_code import find_own_code
 from launch.recipe import load_recipe
-from launch.run_directory import RUNS, new_numbered, next_numbered
+from launch.run_directory import new_numbered, next_numbered
+from launch.submit_options import refuse_owned_options
 from launch.submit_script import TEMPLATES, Setting, fill_in, format_duration, parse_time, setting_of
 from launch.submit_snapshot import CODE_DIRECTORY, OWN_CODE_DIRECTORY, RECIPE_FILE, take_snapshot
 from launch.submit_sweep import MANIFEST_FILE, Row, format_manifest, make_rows
+from launch.submitted import FOLDER, RECORD_FILE, last_jobs, remember
 
-FOLDER = "slurm"
-RECORD_FILE = "submission.json"
-LIST_OF_SUBMITTED = RUNS / "submitted.txt"
-"""The directories of the runs that were submitted from here, a line each."""
 _WARN_SECONDS = 300
 
 
@@ -56,6 +54,14 @@ class Shape:
 
 def submit(arguments: argparse.Namespace) -> int:
     """Checks, submits, and says where to look. Raises ValueError in one line for what cannot be."""
+    try:
+        return _submit(arguments)
+    except slurm.NoAnswer as error:
+        print(f"lockstep: error: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _submit(arguments: argparse.Namespace) -> int:
     config = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.at_once is not None and (arguments.at_once < 1 or not arguments.sweep):
         raise ValueError(f"--at-once {arguments.at_once}: must be at least 1, and needs a --sweep")
@@ -65,7 +71,9 @@ def submit(arguments: argparse.Namespace) -> int:
     shape = _shape_of(arguments, config)
     of_rows = [row.config for row in rows or ()]
     own_code = find_own_code(kind for each in (config, *of_rows) for kind in (each.model.kind, each.task.kind))
-    options = _options(arguments.after)
+    refuse_owned_options(arguments.sbatch)
+    after = _last_after(arguments.after)
+    options = _options(after)
     provisional = _directory_to_be(config, rows)
     script = _render(arguments, config, shape, rows, provisional)
     print("\n".join(_facts(config, shape, rows, provisional)))
@@ -76,9 +84,7 @@ def submit(arguments: argparse.Namespace) -> int:
         raise ValueError(
             "sbatch is not on the PATH: submit from a login node of the cluster, or see the job with --dry-run"
         )
-    if arguments.after is not None and not slurm.find_jobs([arguments.after]):
-        # Slurm would take it for one that has ended well.
-        raise ValueError(f"--after {arguments.after}: Slurm does not know such a job, or not any more")
+    _refuse_unknown(arguments.after, after)
     here = Path.cwd()
     print(f"cluster    {slurm.refuse_impossible(script, options, here, shape.time)}")
     with _new_directory(config, rows) as directory:
@@ -91,9 +97,9 @@ def submit(arguments: argparse.Namespace) -> int:
         path.write_text(_render(arguments, config, shape, rows, directory), encoding="utf-8")
         job = slurm.submit(path, options, here)
     _remember(directory, job, shape, rows)
-    log = folder / _log_name(rows).replace("%j", job).replace("%A", job)
+    log = _log_name(rows).replace("%j", job).replace("%A", job).replace("%a", "ROW")
     print(f"submitted  job {job}")
-    print(f"log        {log.with_name(log.name.replace('%a', 'ROW'))}")
+    print(f"log        {folder / log}")
     print("next       lockstep jobs")
     return DONE
 
@@ -128,14 +134,30 @@ def _shape_of(arguments: argparse.Namespace, config: RunConfig) -> Shape:
     return Shape(least, most, arguments.gpus_per_node if gpus else "", workers, cpus, arguments.time, warn)
 
 
-def _options(after: str | None) -> list[str]:
-    """What is said on sbatch's command line: of this submission alone, not of the script."""
+def _last_after(after: str | None) -> list[str]:
+    """The jobs to wait for: of a run that was submitted from here those that go on for the one that is named."""
     if after is None:
         return []
     if not re.fullmatch(r"\d+(_\d+)?", after):
         raise ValueError(f"--after {after}: must be the number of a job")
-    # Without the second a job would wait for ever once the other has failed.
-    return [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+    return last_jobs(after)
+
+
+def _options(after: Sequence[str]) -> list[str]:
+    """What is said on sbatch's command line: of this submission alone, not of the script."""
+    if not after:
+        return []
+    # Without the second a job would wait for ever once another one has failed.
+    return [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
+
+
+def _refuse_unknown(named: str | None, after: Sequence[str]) -> None:
+    """Raises ValueError for jobs that Slurm does not know: it would take them for such as have ended well."""
+    known = slurm.find_jobs(after)
+    for job in after:
+        if not any(name == job or name.startswith(f"{job}_") for name in known):
+            goes_on = "" if job == named else f" (job {job} goes on for it)"
+            raise ValueError(f"--after {named}{goes_on}: Slurm does not know such a job, or not any more")
 
 
 def _directory_to_be(config: RunConfig, rows: Sequence[Row] | None) -> Path:
@@ -181,6 +203,15 @@ def _log_name(rows: Sequence[Row] | None) -> str:
     return "job-%j.out" if rows is None else "job-%A_%a.out"
 
 
+def _literally(folder: Path) -> str:
+    """A folder as a part of sbatch's --output, which replaces what follows a %. Raises ValueError where it cannot be said."""
+    if "\\" in str(folder):
+        raise ValueError(
+            f"{folder}: sbatch cannot write a log to a directory with a \\ in its name; choose another one"
+        )
+    return str(folder).replace("%", "%%")
+
+
 def _render(
     arguments: argparse.Namespace, config: RunConfig, shape: Shape, rows: Sequence[Row] | None, directory: Path
 ) -> str:
@@ -193,7 +224,7 @@ def _render(
         "cpus-per-task": str(shape.cpus),
         "time": shape.time,
         "signal": f"B:USR1@{shape.warn_seconds}",
-        "output": str(folder / _log_name(rows)),
+        "output": _literally(folder) + "/" + _log_name(rows),
         "chdir": str(Path.cwd()),
     }
     site: Mapping[str, str | None] = {
@@ -267,6 +298,4 @@ def _remember(directory: Path, job: str, shape: Shape, rows: Sequence[Row] | Non
         "rows": None if rows is None else [row.name for row in rows],
     }
     write_durably(directory / FOLDER / RECORD_FILE, json.dumps(record, indent=2).encode() + b"\n")
-    RUNS.mkdir(exist_ok=True)
-    with LIST_OF_SUBMITTED.open("a", encoding="utf-8") as file:
-        file.write(f"{directory}\n")
+    remember(directory, job)

@@ -25,8 +25,9 @@ def fill_in(
     """The template with other values in its `#SBATCH --name=...` lines (None: the line does not count) and in its lines
     `name=...`, which are a word or a list of words; `more_directives` follow the template's own, as they are.
 
-    Everything that is filled in must have its line in the template.
+    Everything that is filled in must have its line in the template. Raises ValueError for what no line can hold.
     """
+    _refuse_control_characters({**directives, **settings, "--sbatch": more_directives})
     lines = template.splitlines()
     for name, value in directives.items():
         place = _only(lines, rf"#+SBATCH --{re.escape(name)}(=.*)?")
@@ -41,6 +42,13 @@ def fill_in(
     last = max(place for place, line in enumerate(lines) if line.startswith(("#SBATCH", "##SBATCH")))
     lines[last + 1 : last + 1] = [f"#SBATCH {directive}" for directive in more_directives]
     return "\n".join(lines) + "\n"
+
+
+def _refuse_control_characters(values: Mapping[str, str | Sequence[str] | None]) -> None:
+    for name, value in values.items():
+        for word in [value] if isinstance(value, str) else value or ():
+            if any(ord(letter) < 32 or ord(letter) == 127 for letter in word):
+                raise ValueError(f"{name}: {word!r} holds a control character, such as the end of a line; remove it")
 
 
 def setting_of(template: str, name: str) -> str:

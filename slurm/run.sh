@@ -11,7 +11,11 @@ train() {
     local run=$1 recipe=$2
     shift 2
     mkdir -p "$run/slurm" || exit 1
-    echo "$job" >> "$run/slurm/jobs.txt"
+    take "$run"
+    # A chained job is on the list since it was submitted.
+    if [ -z "$LOCKSTEP_CHAINED" ] || [ "$(tail -n 1 "$run/slurm/jobs.txt")" != "$job" ]; then
+        echo "$job" >> "$run/slurm/jobs.txt"
+    fi
     refuse_to_fail_for_ever "$run"
     # What an earlier start said must not be taken for this one's word.
     rm -f "$run/outcome.json"
@@ -37,13 +41,39 @@ train() {
     decide "$run" "$status"
 }
 
+# take RUN_DIRECTORY: makes the run this job's own until it ends, and ends the job where another one has it, with nothing changed.
+take() {
+    local file=$1/slurm/lock holder waited=0 status
+    exec 9>> "$file" || exit 1
+    while flock --nonblock --conflict-exit-code 75 9; status=$?; [ "$status" != 0 ]; do
+        if [ "$status" != 75 ]; then
+            say "$file cannot be locked, so that two jobs might train in one run; use a file system with locks"
+            exit 1
+        fi
+        holder=$(< "$file")
+        # An earlier start of this job, or one on a node that is lost, may take a while to be gone for the file system.
+        if [ "$waited" -ge 120 ] || { [ "$holder" != "$job" ] && running "$holder"; }; then
+            say "job $holder is training in $1: nothing is changed; wait for it, or scancel it"
+            exit 2
+        fi
+        sleep 1
+        waited=$((waited + 1))
+    done
+    echo "$job" > "$file"
+}
+
+# running JOB: whether Slurm says so.
+running() {
+    [ -n "$(squeue --noheader --jobs="$1" --states=RUNNING,SUSPENDED --format=%i 2> /dev/null)" ]
+}
+
 # Becomes the srun that starts the workers on every node of the job.
 start_workers() {
     # The job is asked for by its nodes: of a range like 1-4, and a number of tasks, Slurm would give one.
     local nodes=$SLURM_JOB_NUM_NODES cores=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
     local each=$((cores / workers))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$each} TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-    local options=(--nodes="$nodes" --kill-on-bad-exit=1 --wait=60 "${srun_options[@]}")
+    local options=(--nodes="$nodes" --kill-on-bad-exit=1 --wait=60 --export=ALL "${srun_options[@]}")
     if [ "$launcher" = torchrun ]; then
         local host
         host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -117,6 +147,26 @@ refuse_to_fail_for_ever() {
     fi
 }
 
+# hand_over NEXT: jobs that wait for the end of this one now wait for that of NEXT, which goes on in its place: this one ends
+# with 0 though the run is not done. For a task of an array those that wait for the whole array wait for NEXT as well.
+hand_over() {
+    local next=$1 waiting dependency changed
+    squeue --noheader --states=PENDING --format='%F|%E' | sort -u | while IFS='|' read -r waiting dependency; do
+        dependency=$(sed -E 's/\([a-z]+\)//g' <<< "$dependency")
+        changed=$(sed -E "s/\b(after(ok|notok|any)):$job\b/\1:$next/g" <<< "$dependency")
+        if [ -n "$SLURM_ARRAY_JOB_ID" ]; then
+            changed=$(sed -E "s/\bafter(ok|any|corr):${SLURM_ARRAY_JOB_ID}_\*/&,afterok:$next/" <<< "$changed")
+        fi
+        if [ "$waiting" != "${next%%_*}" ] && [ "$changed" != "$dependency" ]; then
+            if scontrol update "job=$waiting" "dependency=$changed"; then
+                say "job $waiting waits for job $next now"
+            else
+                say "job $waiting cannot be told to wait for job $next, and starts too early: scontrol update job=$waiting dependency=$changed"
+            fi
+        fi
+    done
+}
+
 # Sees to it that the run goes on, unless Slurm itself has ended this job: somebody has cancelled it, or Slurm requeues it.
 start_again() {
     if [ "$(squeue --noheader --jobs="$job" --format=%T)" = COMPLETING ]; then
@@ -128,6 +178,10 @@ start_again() {
         # $0 is the copy of the batch script that Slurm made when it was submitted.
         next=$(LOCKSTEP_CHAINED=yes sbatch --parsable --dependency="afterany:$SLURM_JOB_ID" \
             ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} "$0") || { say "no job can be submitted from here"; exit 1; }
+        next=${next%%;*}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+        # From now on this is the run's job, even while it waits.
+        echo "$next" >> "$run/slurm/jobs.txt"
+        hand_over "$next"
         say "job $next goes on"
         exit 0
     fi

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launch.submit_script import PACKAGES, TEMPLATES, fill_in
 from tests.end_to_end.runs import digests, final_bytes, wait_until, write_recipe
@@ -198,6 +199,70 @@ def test_what_cannot_go_on_is_given_up(
     assert "giving up (1): 2 starts in a row have ended without a new checkpoint" in site.log(run)
     states = [line.split()[2:4] for line in site.lockstep("jobs").succeeded().out.splitlines()[1:]]
     assert states == [["given", "up"], ["failed", "RuntimeError:"]] or states[0] == ["given", "up"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the workers would see this machine's GPUs")
+def test_a_wrong_recipe_is_given_up_under_torchrun_too(site: Site, recipe: Path) -> None:
+    """torchrun makes a 1 of every failure; a GPU that is not real is one that no worker sees."""
+    job, run = site.submit(recipe, "run.device=cuda", "--gpus-per-node", 1, "--launcher", "torchrun")
+    site.cluster.wait_for_state(job, "FAILED")
+    assert site.cluster.job(job)["ExitCode"] == "2:0"
+    assert (run / "slurm" / "jobs.txt").read_text().split() == [job]
+    assert site.log(run).count("giving up (2): run.device=cuda") == 1
+    assert "refused" in site.lockstep("jobs").succeeded().out
+
+
+def test_a_second_job_leaves_a_living_run_alone(site: Site, recipe: Path) -> None:
+    job, run = site.submit(recipe, "run.steps=1_000_000")
+    site.wait_for_step(run, 5)
+    kept = [run / "slurm" / name for name in ("jobs.txt", "failures.txt", "lock")]
+    before = [path.read_text() for path in kept]
+    second = site.cluster.run("sbatch", "--parsable", run / "slurm" / "train.sbatch").strip()
+    site.cluster.wait_for_state(second, "FAILED")
+    assert site.cluster.job(second)["ExitCode"] == "2:0"
+    (told,) = (run / "slurm" / f"job-{second}.out").read_text().splitlines()
+    assert f"job {job} is training in {run}: nothing is changed" in told
+    assert [path.read_text() for path in kept] == before
+    assert not (run / "stop").exists()
+    assert site.lockstep("jobs").succeeded().out.splitlines()[1].split()[:3:2] == [job, "running"]
+
+
+def test_what_waits_for_a_chained_run_waits_for_its_last_link(site: Site, recipe: Path) -> None:
+    """A link ends with 0 though the run is not done."""
+    job, run = site.submit(recipe, "run.steps=1_000_000", "--again", "chain")
+    waiting, _ = site.submit("lenet-digits", "--after", job)
+    other = ("sbatch", "--parsable", "--output=/dev/null", "--wrap", "true")
+    by_hand = site.cluster.run(*other[:2], f"--dependency=afterany:{job}", *other[2:]).strip()
+    site.wait_for_step(run, 5)
+    site.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    last = site.wait_for_start(run, 2)
+    site.cluster.wait_for_state(job, "COMPLETED")
+    late, _ = site.submit("lenet-digits", "--after", job)
+    told = [site.cluster.job(name)["Dependency"] for name in (waiting, by_hand, late)]
+    assert told == [f"after{kind}:{last}(unfulfilled)" for kind in ("ok", "any", "ok")]
+    site.cluster.run("scancel", last)
+    assert [site.cluster.wait_for_state(name, "CANCELLED") for name in (waiting, late)] == ["CANCELLED"] * 2
+    site.cluster.wait_for_state(by_hand, "COMPLETED")
+
+
+def test_what_waits_for_a_sweep_waits_for_a_chained_row(site: Site, recipe: Path) -> None:
+    job, sweep = site.submit(recipe, "run.steps=1_000_000", "--again", "chain", "--sweep", "run.seed=1,2")
+    waiting, _ = site.submit("lenet-digits", "--after", job)
+    site.wait_for_step(sweep / "002", 5)
+    site.cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_2")
+    last = site.wait_for_start(sweep / "002", 2)
+    site.cluster.wait_for_state(f"{job}_2", "COMPLETED")
+    told = site.cluster.job(waiting)["Dependency"].replace("(unfulfilled)", "").split(",")
+    assert sorted(told) == sorted([f"afterok:{job}_*", f"afterok:{last}"])
+
+
+def test_strange_names_and_an_environment_of_nothing(site: Site, recipe: Path) -> None:
+    """Quotes, an expansion, and what sbatch would replace; workers that are told the environment all the same."""
+    (here := site.directory / "it's 50%j $(x)").mkdir()
+    job, run = Site(site.cluster, here).submit(recipe, "run.steps=5", "--sbatch=--export=NONE")
+    site.finish(job, run)
+    assert run.parent.parent == here
+    assert "done: all 5 steps are done" in (run / "slurm" / f"job-{job}.out").read_text()
 
 
 @pytest.mark.parametrize(

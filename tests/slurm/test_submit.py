@@ -15,9 +15,11 @@ from launch.cli import main
 from launch.own_code import find_own_code
 from launch.recipe import SHIPPED_RECIPES, load_recipe, parse_yaml
 from launch.submit import share_of_batch
+from launch.submit_options import refuse_owned_options
 from launch.submit_script import TEMPLATES, fill_in, format_duration, parse_time, setting_of
 from launch.submit_snapshot import take_snapshot
 from launch.submit_sweep import make_rows, split_values
+from launch.submitted import last_jobs, remember
 from tests.end_to_end.runs import write_recipe
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -76,6 +78,21 @@ def test_a_dry_run_prints_the_job_and_leaves_nothing(
             ("does not divide",),
         ),
         (("lenet-digits", *CPUS, "--after", "yesterday"), ("--after yesterday",)),
+        (("lenet-digits", *CPUS, "--sbatch=--nodes=4"), ("--sbatch=--nodes=4", "use --nodes")),
+        (("lenet-digits", *CPUS, "--sbatch=--exclude=n3 --tim=5"), ("--time is for", "use --time")),
+        (("lenet-digits", *CPUS, "--sbatch=-HN2"), ("--sbatch=-HN2", "use --nodes")),
+        (("lenet-digits", *CPUS, "--sbatch=-d afterok:1"), ("use --after",)),
+        (("lenet-digits", *CPUS, "--sbatch=--ntasks-per-node=2"), ("use --workers-per-node",)),
+        (("lenet-digits", *CPUS, "--sbatch=--gpus=2"), ("use --gpus-per-node",)),
+        (("lenet-digits", *CPUS, "--sbatch=--wrap=true"), ("no place in a batch script",)),
+        (("lenet-digits", *CPUS, "--sbatch=exclusive"), ("--sbatch=exclusive", "must be an option of sbatch")),
+        (("lenet-digits", *CPUS, "--sbatch=--comment='a"), ("No closing quotation",)),
+        (
+            ("lenet-digits", *CPUS, "--sbatch=--comment=a\nrm x"),
+            ("--sbatch: '--comment=a\\nrm x'", "control character"),
+        ),
+        (("lenet-digits", *CPUS, "--partition", "a\nb"), ("partition: 'a\\nb'", "control character")),
+        (("lenet-digits", *CPUS, "run.directory=a\\b"), ("with a \\ in its name",)),
         (("lenet-digits", *CPUS, "--failures", "-1"), ("--failures -1",)),
         (("lenet-digits", *CPUS, "--at-once", "2"), ("--at-once 2", "--sweep")),
         (("lenet-digits", *CPUS, "--sweep", "optimizer.lr"), ("--sweep optimizer.lr", "section.key=A,B")),
@@ -262,6 +279,88 @@ def test_own_code_that_is_too_much_to_be_code_is_refused(
     assert "large_for_snapshots/weights.bin (65 MiB)" in told
 
 
+def test_other_options_of_sbatch_are_taken() -> None:
+    refuse_owned_options(
+        [
+            "--exclude=n3",
+            "-x n3",
+            "--comment='--nodes of -N'",
+            "--mem=4G",
+            "--exclusive",
+            "--hold",
+            "--export=NONE",
+            "-HQ",
+        ]
+    )
+
+
+def test_a_percent_sign_in_a_directory_is_one_for_sbatch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["submit", "lenet-digits", *CPUS, "run.directory=50%job", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert f"#SBATCH --output={tmp_path}/50%%job/slurm/job-%j.out\n" in out
+    assert f"\nrun_directory={tmp_path}/50%job\n" in out
+
+
+def test_a_controller_that_does_not_answer_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody listens at its port; then somebody who never answers."""
+    monkeypatch.chdir(tmp_path)
+    _submitted(tmp_path / "waits", "5", None)
+    for name in ("squeue", "sbatch", "sacct"):
+        (tmp_path / name).write_text(
+            "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1\n"
+        )
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for reason in ("Unable to contact slurm controller", "squeue: no answer in 0 seconds"):
+        assert main(["jobs", "waits"]) == 0
+        told = capsys.readouterr()
+        assert told.out.splitlines()[1].split() == ["5", "waits", "unknown"]
+        assert reason in told.err
+        assert len(told.err.splitlines()) == 1
+        assert main(["submit", "lenet-digits", *CPUS, "--after", "5"]) == 1
+        (error,) = capsys.readouterr().err.splitlines()
+        assert error.startswith("lockstep: error: squeue: ")
+        assert reason in error
+        (tmp_path / "squeue").write_text("#!/bin/sh\nexec sleep 1000\n")
+        monkeypatch.setattr("launch.slurm._ANSWER_SECONDS", 0.2)
+    assert main(["submit", "lenet-digits", *CPUS]) == 1
+    assert "lockstep: error: sbatch: " in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_whose_directory_is_gone_is_shown_while_slurm_knows_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "submitted.txt").write_text(f"{tmp_path}/gone\t7\n{tmp_path}/long-gone\t8\n")
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho '7|RUNNING|9:00|None'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert main(["jobs"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()[1:]
+    assert line.split() == ["7", "gone", "running", "9:00", "its", "directory", "is", "gone"]
+
+
+def test_a_run_is_waited_for_by_the_last_of_its_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _submitted(tmp_path / "alone", "3", None)
+    (tmp_path / "alone" / "slurm" / "jobs.txt").write_text("3\n7\n")
+    _submitted(tmp_path / "sweep", "4", ["001", "002"])
+    (tmp_path / "sweep" / "002" / "slurm").mkdir(parents=True)
+    (tmp_path / "sweep" / "002" / "slurm" / "jobs.txt").write_text("4_2\n9_2\n")
+    for name, job in (("alone", "3"), ("sweep", "4")):
+        remember(tmp_path / name, job)
+    assert [last_jobs(job) for job in ("3", "7", "4", "4_1", "4_2", "99")] == [
+        ["7"], ["7"], ["4", "9_2"], ["4_1"], ["9_2"], ["99"],
+    ]  # fmt: skip
+
+
 def test_jobs_where_nothing_was_submitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,6 +386,7 @@ def test_jobs_are_known_from_their_files_alone(
         {"exit_code": 0, "reason": "all"},
     )
     _submitted(tmp_path / "runs" / "waits", "5", None)
+    (tmp_path / "runs" / "waits" / "slurm" / "jobs.txt").write_text("")
     _submitted(tmp_path / "elsewhere", "4", ["001", "002"])
     _began(tmp_path / "elsewhere" / "001", 9, [step], {"exit_code": 78, "reason": "no good checkpoint"})
     _began(tmp_path / "elsewhere" / "002", 9, [], {"exit_code": 75, "reason": "on request"})
