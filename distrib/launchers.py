@@ -82,6 +82,12 @@ def read_launch(environment: Mapping[str, str] = os.environ, *, local_rank_argum
     return launch
 
 
+def refuse_meeting_alone(launch: Launch, environment: Mapping[str, str] = os.environ) -> None:
+    """Raises ValueError for a process that would train alone though it was told where others meet, by nobody that we know."""
+    if launch.launcher == ALONE:
+        refuse_half_set(environment, _PLACE, _WAY_OUT)
+
+
 def refuse_to_start_workers(environment: Mapping[str, str] = os.environ, *, one_process: bool = False) -> None:
     """Raises ValueError where a launcher has started this process, which is about to start workers of its own, or, with
     `one_process`, to be the only one."""
@@ -94,6 +100,8 @@ def refuse_to_start_workers(environment: Mapping[str, str] = os.environ, *, one_
             f"`lockstep train` starts its own workers, and {launcher or 'whoever set WORLD_SIZE'} has started {several} of it; "
             "start `python -m launch.train` in its place"
         )
+    if any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        refuse_half_set(environment, _PLACE, _WAY_OUT)
     nodes = whole_number(environment, "SLURM_JOB_NUM_NODES", default=1)
     if step is None and nodes > 1 and not one_process:
         raise ValueError(
@@ -174,11 +182,13 @@ def _refuse_another_step(environment: Mapping[str, str], launch: Launch, step: S
 
 def _refuse_one_of_several(environment: Mapping[str, str]) -> None:
     """Raises ValueError for a process that nobody told its place, though there are others of its kind."""
-    # `accelerate launch` sets these two together only where it was asked for several processes and starts one.
-    if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment:
+    # `accelerate launch` sets all three only where it was asked for several processes and starts one; where somebody has
+    # exported both of the others it looks the same.
+    if all(name in environment for name in ("ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT")):
         raise ValueError(
-            "`accelerate launch` was asked for several processes and started one, as it does with --cpu; "
-            "give it --multi_gpu (on a CPU too) in place of --cpu, or start with `lockstep train --workers N`"
+            "`accelerate launch` was asked for several processes and started one, as it does with --cpu: "
+            "give it --multi_gpu (on a CPU too) in place of --cpu, or start with `lockstep train --workers N`; "
+            "for one process unset MASTER_ADDR and MASTER_PORT, if it was you who set them"
         )
     for name in _MPI_SIZES:
         if (size := whole_number(environment, name, default=1)) > 1:

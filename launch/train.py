@@ -9,7 +9,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 
-from distrib.launchers import Launch, read_launch
+from distrib.launchers import Launch, read_launch, refuse_meeting_alone
 from distrib.phases import SAVING_THREAD
 from launch.arguments import add_training_arguments, parse_with_overrides
 from launch.config import RunConfig
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = directory_in(arguments.overrides)
     try:
         launch = read_launch(local_rank_argument=arguments.local_rank)
+        refuse_meeting_alone(launch)
         config = load_recipe(arguments.recipe, arguments.overrides)
         resume = decide_resume(config, arguments.resume)
     except ValueError as error:

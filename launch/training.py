@@ -30,7 +30,7 @@ from launch.console import Progress
 from launch.debug import Debug, show_first
 from launch.ending import Ending, ending_of_failure, ending_of_run, leave_post_mortem, write_outcome
 from launch.examination import look_before_training
-from launch.exit_codes import DO_NOT_RESTART, RunEnded
+from launch.exit_codes import DO_NOT_RESTART, USAGE, RunEnded
 from launch.feed import make_feed
 from launch.ledger import Ledger
 from launch.materials import Materials, open_materials
@@ -180,6 +180,9 @@ def _resume(attempt: Attempt, resume: Resume, *, allow_change: bool) -> None:
     if checkpoint is not None:
         taken = checkpoint
         together(world, lambda: _take_over(attempt, taken, allow_change=allow_change))
+    if attempt.debug is not None and attempt.ledger.step >= attempt.last_step:
+        done = f"has done all {attempt.last_step} steps, and nothing is left to look into; raise run.steps"
+        raise RunEnded(f"--resume: {checkpoint.path if checkpoint else run.path} {done}", USAGE, told_by_all=True)
     if attempt.debug is not None and attempt.debug.steps is not None:
         attempt.last_step = min(attempt.last_step, attempt.ledger.step + attempt.debug.steps)
     enter("start", attempt.ledger.step)

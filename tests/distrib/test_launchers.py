@@ -22,6 +22,7 @@ from distrib.launchers import (
     Launch,
     choose_gpu,
     read_launch,
+    refuse_meeting_alone,
     refuse_to_start_workers,
 )
 from distrib.ports import holder_of_port
@@ -69,6 +70,11 @@ def of_two(launcher: str, **changes: Any) -> Launch:
         ({}, Launch(ALONE)),
         ({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}, Launch(ALONE)),
         ({"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}, Launch("accelerate launch")),
+        # Exported once and for all.
+        (
+            {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "a"},
+            Launch("accelerate launch"),
+        ),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, Launch(ALONE)),
         (PLACE, of_two(BY_HAND)),
         (LOCKSTEP, of_two("lockstep train")),
@@ -140,13 +146,28 @@ def test_the_place_is_what_the_launcher_meant(environment: dict[str, str], expec
         ({**BATCH, "SLURM_NTASKS": "1"}, "SLURM_JOB_NUM_NODES=2, but srun did not start this process"),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE=2: MPI's launchers"),
         ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "was asked for several processes"),
-        ({**ONE_TASK, "ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "a"}, "was asked for several processes"),
+        (
+            {**ONE_TASK, "ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "was asked for several processes",
+        ),
     ],
 )
 def test_a_contradiction_is_one_line_that_names_it(environment: dict[str, str], words: str) -> None:
     with pytest.raises(ValueError, match=words) as refusal:
         read_launch(environment)
     assert "\n" not in str(refusal.value)
+
+
+def test_one_that_was_only_told_where_others_meet_does_not_train_alone() -> None:
+    for environment, words in (
+        ({"MASTER_ADDR": "a"}, "half set: MASTER_ADDR without RANK, WORLD_SIZE, LOCAL_RANK, MASTER_PORT; start with"),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "1"}, "MASTER_ADDR, MASTER_PORT without RANK"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            refuse_meeting_alone(read_launch(environment), environment)
+        for told in (ONE_TASK, PLACE, {"ACCELERATE_MIXED_PRECISION": "no"}):
+            refuse_meeting_alone(read_launch({**environment, **told}), {**environment, **told})
+        refuse_to_start_workers(environment)
 
 
 def test_the_argument_that_deepspeed_passes_must_agree() -> None:
@@ -169,6 +190,8 @@ def test_the_argument_that_deepspeed_passes_must_agree() -> None:
         (DEEPSPEED, "deepspeed has started 2 of it"),
         (ACCELERATE, "accelerate launch has started 2 of it"),
         (LOCKSTEP, "lockstep train has started 2 of it"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "half set: RANK, WORLD_SIZE without LOCAL_RANK"),
+        ({"LOCAL_RANK": "0"}, "half set: LOCAL_RANK without RANK"),
         (SRUN, "srun has started 4 of it"),
         (BATCH, "SLURM_JOB_NUM_NODES=2, and `lockstep train` starts workers on this host alone"),
         (LOGIN, "SLURM_JOB_NUM_NODES=2, and `lockstep train` starts workers on this host alone"),

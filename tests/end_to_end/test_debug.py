@@ -228,6 +228,13 @@ def test_the_parameter_whose_gradient_is_not_finite_is_named(
     )
 
 
+def test_a_run_that_is_done_leaves_nothing_to_look_into(
+    warm: WarmProcess, recipe: Path, straight_run: Callable[[int], Path], tmp_path: Path
+) -> None:
+    ended = warm.lockstep("train", recipe, "--debug", "--resume", straight_run(1), cwd=tmp_path)
+    ended.failed_with(2, "has done all 40 steps", "raise run.steps")
+
+
 def test_a_launcher_s_worker_is_refused(warm: WarmProcess, recipe: Path, tmp_path: Path) -> None:
     env = environment(RANK="0", WORLD_SIZE="2")
     ended = warm.lockstep("train", recipe, "--debug", cwd=tmp_path, env=env)
@@ -269,6 +276,13 @@ def test_a_rank_of_a_fake_world_is_what_the_formulas_say(
     for name, size in stated.traffic.items():
         assert sent[name] == [(group_sizes[name], pytest.approx(size, rel=0.03))]
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_rank_of_a_fake_world_may_have_no_samples(warm: WarmProcess, recipe: Path, tmp_path: Path) -> None:
+    arguments = ["train", recipe, "batch.global_samples=2", "--debug", "--fake-world", 4, "--fake-rank"]
+    for rank in range(4):
+        shown = warm.lockstep(*arguments, rank, cwd=tmp_path).succeeded().out
+        assert "peak of a step" in shown
 
 
 @pytest.mark.parametrize(
