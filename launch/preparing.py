@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -136,7 +137,7 @@ def merge_and_tell(directory: Path, *, workers: int | None = None) -> Path:
     if merge(directory, workers=workers):
         _say(f"merged {directory}: every byte verified in {time.monotonic() - begun:.1f} s")
     else:
-        _say(f"{directory}: was made before; `lockstep data verify {directory}` reads its bytes")
+        _say(f"{directory}: was made before; `lockstep data verify {shlex.quote(str(directory))}` reads its bytes")
     return directory
 
 

@@ -166,9 +166,9 @@ def _directory_to_be(config: RunConfig, rows: Sequence[Row] | None) -> Path:
     if directory is None:
         return next_numbered(_base_name(config, rows)).absolute()
     if (directory / FOLDER / RECORD_FILE).exists():
-        again = directory / FOLDER / _template_name(rows)
+        again = shlex.join(["sbatch", str(directory / FOLDER / _template_name(rows))])
         raise ValueError(
-            f"run.directory={directory}: was submitted before; go on with `sbatch {again}`, or name another directory"
+            f"run.directory={directory}: was submitted before; go on with `{again}`, or name another directory"
         )
     if (directory / "run.json").exists() or (directory / FOLDER).exists():
         raise ValueError(f"run.directory={directory}: already holds a run; name another directory")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ def tell_summary(attempt: Attempt) -> None:
     sample = _sample_text(attempt) if with_sample else None
     if attempt.world.rank != 0:
         return
-    path, lockstep = attempt.run.path, _command()
+    path = attempt.run.path
     lines = [""]
     if attempt.first_evaluation is not None and attempt.first_evaluation is not attempt.last_evaluation:
         lines.append(f"evaluation before: {format_metrics(attempt.first_evaluation)}")
@@ -38,12 +39,18 @@ def tell_summary(attempt: Attempt) -> None:
         "",
         f"everything lies in {path}: {', '.join(sorted(p.name + '/' * p.is_dir() for p in path.iterdir()))}",
         "next:",
-        f"  {lockstep} report {path}",
-        f"  {lockstep} {'generate' if attempt.materials.tokenizer is not None else 'evaluate'} {path}",
-        f"  {lockstep} train {path / 'recipe.yaml'} run.steps={2 * attempt.config.run.steps} "
-        f"--resume {path} --allow-change",
+        *(f"  {shlex.join([_command(), *map(str, words)])}" for words in _next_commands(attempt)),
     ]
     attempt.say("\n".join(lines))
+
+
+def _next_commands(attempt: Attempt) -> list[list[object]]:
+    path, longer = attempt.run.path, f"run.steps={2 * attempt.config.run.steps}"
+    return [
+        ["report", path],
+        ["generate" if attempt.materials.tokenizer is not None else "evaluate", path],
+        ["train", path / "recipe.yaml", longer, "--resume", path, "--allow-change"],
+    ]
 
 
 def _command() -> str:

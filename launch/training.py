@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import platform
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def _resume(attempt: Attempt, resume: Resume, *, allow_change: bool) -> None:
         if checkpoint is None and run.forked_from is not None:
             raise RunEnded(
                 f"{run.path}: began from {run.forked_from} and was ended before it saved anything of its own; "
-                f"start again from there with --resume {run.forked_from} and a new run.directory",
+                f"start again from there with --resume {shlex.quote(run.forked_from)} and a new run.directory",
                 DO_NOT_RESTART,
                 told_by_all=True,
             )

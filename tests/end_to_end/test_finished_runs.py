@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,21 @@ def test_evaluate_repeats_the_evaluation_that_ended_training(
     path, metrics = shown.out.strip().split(": ", 1)
     assert path == f"{run.name}/checkpoints/{checkpoints(run)[-1]}"
     assert metrics == format_metrics(read_metrics(run)[1][-1]["evaluation"])
+
+
+def test_the_commands_that_a_run_ends_with_can_be_given_to_a_shell(
+    warm: WarmProcess, recipe: Path, tmp_path: Path
+) -> None:
+    run = "it's $(touch broken) a run"
+    ended = warm.lockstep("train", recipe, "run.steps=2", f"run.directory={run}", "--workers", 1, cwd=tmp_path)
+    told = ended.succeeded().err
+    lines = told[told.index("next:\n") :].splitlines()[1:4]
+    for line in lines:
+        words = subprocess.run(
+            ["bash", "-c", f'printf "%s\\n" {line.strip()}'], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        assert run in words
+    assert not (tmp_path / "broken").exists()
 
 
 def test_evaluate_takes_a_checkpoint_by_name(warm: WarmProcess, learned_lenet: Path) -> None:
