@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch = read_launch(local_rank_argument=arguments.local_rank)
         refuse_meeting_alone(launch)
         config = load_recipe(arguments.recipe, arguments.overrides)
+        directory = None  # what is refused from here on may be to take up the run that lies there
         resume = decide_resume(config, arguments.resume)
     except ValueError as error:
         if launch is None or launch.rank == 0:

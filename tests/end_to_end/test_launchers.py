@@ -30,8 +30,8 @@ from tests.end_to_end.runs import (
 
 STEPS = 8
 # Stand for a port that is free when the launchers start, alone or with this host's address, for the number of the node that
-# a launcher runs on, and for a file of hosts.
-FREE_PORT, ENDPOINT, NODE, HOSTFILE = object(), object(), object(), object()
+# a launcher runs on, and for a file of hosts, or of two that are reached by ssh.
+FREE_PORT, ENDPOINT, NODE, HOSTFILE, TWO_HOSTS = object(), object(), object(), object(), object()
 WORKER: list[object] = [sys.executable, "-m", "launch.train"]
 TORCHRUN: list[object] = [sys.executable, "-m", "torch.distributed.run"]
 TORCHRUN_ON_TWO_NODES: list[object] = [
@@ -92,6 +92,10 @@ STARTS = {
         [*DEEPSPEED_LAUNCH, "--hostfile", HOSTFILE, "--num_gpus", 1, "--no_ssh", "--node_rank", NODE, "--master_addr",
          "127.0.0.1", "--module", "launch.train"], DEEPSPEED, "deepspeed", nodes=2,
     ),
+    "deepspeed launcher over two hosts": Start(
+        [*DEEPSPEED_LAUNCH, "--hostfile", TWO_HOSTS, "--master_addr", "127.0.0.2", "--module", "launch.train"],
+        DEEPSPEED, "deepspeed",
+    ),
     "accelerate engine": Start([LOCKSTEP, "train"], ["parallel.engine=accelerate", "--workers", 3], workers=3),
     "accelerate launch": Start(
         [*ACCELERATE_LAUNCH, "--multi_gpu", "-m", "launch.train"], ["parallel.engine=accelerate"], "accelerate launch"
@@ -103,6 +107,24 @@ STARTS = {
         [*ACCELERATE_LAUNCH, "--multi_gpu", "-m", "launch.train"], launcher="accelerate launch"
     ),
 }  # fmt: skip
+# In place of the real ones: every host is this machine, and a command on it has an environment of its own.
+SSH = """#!/usr/bin/env bash
+while [ "${1#-}" != "$1" ]; do shift 2; done
+shift
+exec env -i HOME="$HOME" PATH="$PATH" HF_HOME="$HF_HOME" OMP_NUM_THREADS=1 bash -c "$*"
+"""
+PDSH = """#!/usr/bin/env bash
+while getopts Sf:w: option; do
+    if [ "$option" = w ]; then IFS=, read -r -a hosts <<< "$OPTARG"; fi
+done
+shift $((OPTIND - 1))
+for node in "${!hosts[@]}"; do
+    ssh -l root "${hosts[node]}" "${*//%n/$node}" &
+done
+status=0
+for node in "${!hosts[@]}"; do wait -n || status=$?; done
+exit "$status"
+"""
 SHORT = ["three workers", "python -m", "torchrun", "debug", "srun", "accelerate launch"]
 
 
@@ -125,11 +147,17 @@ def launch(name: str, recipe: Path) -> tuple[Path, str]:
     start, folder = STARTS[name], recipe.parent
     run = folder / name.replace(" ", "-")
     (folder / "hosts").write_text("localhost slots=2\n127.0.0.1 slots=2\n")
+    (folder / "two-hosts").write_text("127.0.0.2 slots=1\n127.0.0.3 slots=1\n")
     port = free_port()
-    envs = [unconfigured(folder) for _ in range(start.nodes)]
+    envs = [unconfigured(folder) | {"PATH": with_ssh(folder / "bin")} for _ in range(start.nodes)]
     if start.srun:
         envs = [env | task for env, task in zip(envs, srun_variables([1] * start.nodes, job=os.getpid()), strict=True)]
-    meanings = {FREE_PORT: port, ENDPOINT: f"127.0.0.1:{port}", HOSTFILE: folder / "hosts"}
+    meanings = {
+        FREE_PORT: port,
+        ENDPOINT: f"127.0.0.1:{port}",
+        HOSTFILE: folder / "hosts",
+        TWO_HOSTS: folder / "two-hosts",
+    }
     lines = [
         [
             *({**meanings, NODE: node}.get(word, word) for word in start.before),
@@ -141,6 +169,15 @@ def launch(name: str, recipe: Path) -> tuple[Path, str]:
     ]
     ended = side_by_side(lines, cwd=folder, envs=envs)
     return run, "".join(result.succeeded().err for result in ended)
+
+
+def with_ssh(directory: Path) -> str:
+    """A PATH on which ssh and pdsh reach this machine by any name."""
+    directory.mkdir(exist_ok=True)
+    for name, script in (("ssh", SSH), ("pdsh", PDSH)):
+        (directory / name).write_text(script)
+        (directory / name).chmod(0o755)
+    return f"{directory}:{os.environ['PATH']}"
 
 
 def free_port() -> int:
