@@ -24,11 +24,28 @@ import xxhash
 
 from data.claims import Claim, Claims
 from data.download import FULL, MakeRoom
-from data.errors import NoRoom
+from data.errors import NoRoom, Unavailable
 from data.locks import listing, make_directory, release, take_lock
 from data.manifest import BLOCK_BYTES, FileEntry
 
 log = logging.getLogger("lockstep")
+
+# Nothing can be written there, as it is.
+_NO_PLACE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
+# File systems without locks between processes.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+# What may pass.
+_TROUBLE = (errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENFILE)
 
 Fill = Callable[[FileIO, MakeRoom], None]
 """Downloads into an open file; the second argument frees some room on a full disk."""
@@ -117,10 +134,11 @@ class ShardCache:
 
     def holds(self, entry: FileEntry) -> bool:
         """Whether a file of the right name and size is here."""
-        try:
-            return self._file(entry).stat().st_size == entry.bytes
-        except FileNotFoundError:
-            return False
+        with self._told_in_a_line():
+            try:
+                return self._file(entry).stat().st_size == entry.bytes
+            except FileNotFoundError:
+                return False
 
     def used_bytes(self) -> int:
         """What the cache takes on the disk when the downloads in flight are done."""
@@ -258,11 +276,21 @@ class ShardCache:
         except OSError as error:
             if error.errno in FULL:
                 raise NoRoom(f"{self.directory}: {error.strerror}; free some or set data.cache_directory") from error
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-                raise ValueError(
-                    f"{error.filename or self.directory}: {error.strerror}; set data.cache_directory"
-                ) from error
+            if error.errno in (*_NO_PLACE, *_NO_LOCKS, *_TROUBLE):
+                raise _described(error, self.directory) from error
             raise
+
+
+def _described(error: OSError, directory: Path) -> ValueError:
+    """A failure of the cache's place in a line, with what to do about it."""
+    where = error.filename or directory
+    if error.errno in _NO_LOCKS:
+        return ValueError(f"{where}: cannot be locked ({error.strerror}); set data.cache_directory to a local disk")
+    if error.errno in _NO_PLACE:
+        return ValueError(f"{where}: {error.strerror}; set data.cache_directory")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return Unavailable(f"{where}: {error.strerror}; raise the limit of open files (`ulimit -n`)")
+    return Unavailable(f"{where}: {error.strerror}; see to the disk, or set data.cache_directory")
 
 
 def _verifies(file: FileIO, entry: FileEntry) -> bool:

@@ -18,7 +18,7 @@ import pytest
 from data.cache import NOW, ShardCache
 from data.claims import Claim, Claims
 from data.download import Patience, download
-from data.errors import NoRoom
+from data.errors import NoRoom, Unavailable
 from data.locks import take_lock
 from data.manifest import FileEntry
 from data.shards import HashingFile
@@ -394,3 +394,47 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, files: Files) ->
     (tmp_path / "cache").write_text("not a directory")
     with pytest.raises(ValueError, match=r"Not a directory; set data\.cache_directory"):
         files.read(cache_of(tmp_path), 0)
+
+
+def no_link_to(path: Path) -> None:
+    path.symlink_to(path.parent / "gone" / "target")
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "make", "why"),
+    [
+        ("cache", no_link_to, r"cache: a link to what is not there; set data\.cache_directory"),
+        ("cache", link_to_itself, r"Too many levels of symbolic links; set data\.cache_directory"),
+        ("cache/lock", no_link_to, r"lock: a link to what is not there; set data\.cache_directory"),
+        ("cache/lock", Path.mkdir, r"lock: Is a directory; set data\.cache_directory"),
+        ("cache/files", Path.touch, r"Not a directory; set data\.cache_directory"),
+    ],
+)
+def test_a_place_that_cannot_be_used_is_told(
+    tmp_path: Path, files: Files, place: str, make: Callable[[Path], None], why: str
+) -> None:
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    make(tmp_path / place)
+    with pytest.raises(ValueError, match=why):
+        files.read(cache_of(tmp_path), 0)
+    with pytest.raises(ValueError, match=why):
+        files.bring(cache_of(tmp_path), 0, 5)
+
+
+def test_a_place_where_nothing_can_be_made_is_told(files: Files) -> None:
+    with pytest.raises(ValueError, match=r"/proc/nowhere.*: No such file or directory; set data\.cache_directory"):
+        files.read(ShardCache(Path("/proc/nowhere"), 1 << 30), 0)
+
+
+def test_too_many_open_files_are_told(tmp_path: Path, files: Files) -> None:
+    def open_with_a_limit() -> None:
+        held = [os.open(tmp_path, os.O_RDONLY)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 1, held[0] + 1))
+        with pytest.raises(Unavailable, match="Too many open files; raise the limit of open files"):
+            files.read(cache_of(tmp_path), 0)
+
+    assert in_a_child(open_with_a_limit) == 0

@@ -67,3 +67,22 @@ def test_a_lock_excludes_until_it_is_closed(tmp_path: Path) -> None:
     assert other is not None
     other.close()
     lock.close()
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_link_that_leads_nowhere_is_an_error(tmp_path: Path, below: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone" / "target")
+    with pytest.raises(FileExistsError, match="a link to what is not there: .*link"):
+        make_directory(tmp_path / "link" / below)
+    with pytest.raises(FileExistsError, match="a link to what is not there: .*link"):
+        take_lock(tmp_path / "link" / below, wait=True)
+
+
+def test_a_place_where_nothing_can_be_made_is_an_error() -> None:
+    """The kernel says of it that what it lies in is missing, as if that had been deleted just now."""
+    with pytest.raises(FileNotFoundError):
+        make_directory(Path("/proc/nowhere"))
+    with pytest.raises(FileNotFoundError):
+        take_lock(Path("/proc/nowhere"), wait=True)
+    with pytest.raises(FileNotFoundError):
+        take_lock(Path("/proc/nowhere/lock"), wait=False)
