@@ -163,7 +163,8 @@ class ShardCache:
             return None
         if _verifies(file, entry):
             file.seek(0)
-            os.utime(file.fileno())  # what was used last is evicted last among the unclaimed
+            with contextlib.suppress(PermissionError):  # it is another user's, and counts as used when it was fetched
+                os.utime(file.fileno())  # what was used last is evicted last among the unclaimed
             return file
         file.close()
         log.warning("%s: altered in the cache; fetching it again", self._file(entry))
@@ -171,11 +172,14 @@ class ShardCache:
         return None
 
     def _publish(self, entry: FileEntry, part: FileIO) -> None:
-        """Name a complete download. Its file is whole and verified even where somebody has deleted the cache."""
+        """Name a complete download, which nothing alters by mistake from here on. Its file is whole and verified even where
+        somebody has deleted the cache."""
         target = self._file(entry)
         make_directory(target.parent)
         with contextlib.suppress(FileNotFoundError):
             self._partial(entry).rename(target)
+        with contextlib.suppress(OSError):  # where files have no such permissions
+            os.fchmod(part.fileno(), 0o444)  # after the renaming: whoever resumes a download writes to it
         release(part)
 
     def _make_room(self, next_use: NextUse, size: int = 0) -> bool:

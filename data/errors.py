@@ -8,6 +8,15 @@ class CorruptData(ValueError):
     """
 
 
+class AlteredCopy(CorruptData):
+    """A file of this machine's cache was altered after it was opened. Opened again, it is another one: fetched anew."""
+
+    def __init__(self, text: str, sha256: str) -> None:
+        super().__init__(text)
+        self.sha256 = sha256
+        """Of the file as it was prepared."""
+
+
 class Unavailable(ValueError):
     """Data cannot be had now, because a server does not give it: starting again later may help."""
 

@@ -19,6 +19,7 @@ _HELD_FILES = 4
 class FreshStore:
     """The files last opened are held, without a name: they are gone with this process, however it ends."""
 
+    opens_copies = False
     looks_ahead_bytes = 0
 
     def __init__(self, address: str, *, patience: Patience, timeout_seconds: float) -> None:

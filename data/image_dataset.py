@@ -69,7 +69,8 @@ class ImageDataset:
         encoded: list[memoryview] = []
         labels = np.empty(count, dtype=np.int64)
         hashes = np.empty(count, dtype=np.uint64)
-        for slot, (content, label, content_hash) in enumerate(self._stored(sample_ids)):
+        stored = self._shards.read(lambda: [*self._stored(sample_ids)])
+        for slot, (content, label, content_hash) in enumerate(stored):
             labels[slot], hashes[slot] = label, content_hash
             encoded.append(content)
         return {"images": self._decode(encoded, sample_ids, choices), "labels": labels}, hashes
@@ -77,7 +78,9 @@ class ImageDataset:
     def content_hashes(self, sample_ids: SampleIds) -> Hashes:
         """The hash (n,) of the bytes and the label of samples (n,)."""
         check_range(sample_ids, self.samples)
-        return np.fromiter((found for _, _, found in self._stored(sample_ids)), np.uint64, len(sample_ids))
+        return self._shards.read(
+            lambda: np.fromiter((found for _, _, found in self._stored(sample_ids)), np.uint64, len(sample_ids))
+        )
 
     def _stored(self, sample_ids: SampleIds) -> Iterator[tuple[memoryview, int, int]]:
         """The encoded bytes, the label and the hash of each sample."""

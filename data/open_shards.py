@@ -1,19 +1,24 @@
 """The shards of a split that are open: each when it is first read, and closed once nothing more is expected of it."""
 
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from data.errors import AlteredCopy, CorruptData
 from data.manifest import FileEntry
 from data.store import Store
+
+log = logging.getLogger("lockstep")
 
 # Shards stay mapped though nothing more is known to need them: what is read without looking ahead, as evaluations are.
 MOST_UNEXPECTED = 16
 
 Shard = TypeVar("Shard")
+Result = TypeVar("Result")
 
 
 class OpenShards(Generic[Shard]):
@@ -59,3 +64,27 @@ class OpenShards(Generic[Shard]):
             return {}
         needed = {*np.unique(wanted()).tolist()}
         return {number: self._shards.pop(number) for number in unexpected if number not in needed}
+
+    def read(
+        self, read: Callable[[], Result], closed: Callable[[dict[int, Shard]], object] = lambda shards: None
+    ) -> Result:
+        """What `read` gives of these shards.
+
+        Where a file of the cache was altered after it was opened, the shards of that file are closed, which `closed` is
+        told, and all is read again from a file that is fetched anew: once for each file, and then it is CorruptData.
+        """
+        fetched_again: set[str] = set()
+        while True:
+            try:
+                return read()
+            except AlteredCopy as error:
+                if error.sha256 in fetched_again:
+                    raise CorruptData(str(error)) from None
+                log.warning("%s; reading it again", error)
+                fetched_again.add(error.sha256)
+                closed(self._close(error.sha256))
+
+    def _close(self, sha256: str) -> dict[int, Shard]:
+        """Close the shards that have a file of this content: these, by number."""
+        numbers = [number for number in self._shards if sha256 in {file.sha256 for file in self._files[number]}]
+        return {number: self._shards.pop(number) for number in numbers}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from data.errors import CorruptData
+from data.errors import AlteredCopy, CorruptData
 from data.manifest import ShardEntry
 from data.packing import PackedShardEntry, rebuild_hint
 from data.samples import Fields
@@ -88,5 +88,7 @@ def index_errors(sequence_tokens: int) -> Iterator[None]:
     """Whatever is wrong with an index file, it can be built anew."""
     try:
         yield
+    except AlteredCopy:
+        raise
     except CorruptData as error:
         raise CorruptData(f"{error}; or {rebuild_hint(sequence_tokens)}") from None

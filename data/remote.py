@@ -169,6 +169,8 @@ class RemoteFile:
 class RemoteStore:
     """A prepared dataset that was copied to an address. Nothing is asked about a listed file before it is fetched."""
 
+    opens_copies = True
+
     def __init__(
         self, address: str, cache: ShardCache, *, patience: Patience, timeout_seconds: float, download_threads: int
     ) -> None:

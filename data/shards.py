@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from data.errors import CorruptData
+from data.errors import AlteredCopy, CorruptData
 from data.manifest import BLOCK_BYTES, RESTORE, FileEntry, ShardEntry
 from data.samples import Fields
 from data.store import Store
@@ -177,7 +177,7 @@ class CheckedFile:
         self.path = f"{store.address}/{entry.name}"
         with store.open(entry) as file:
             self.map = mmap.mmap(file.fileno(), entry.bytes, access=mmap.ACCESS_READ)
-        self._entry = entry
+        self._entry, self._is_copy = entry, store.opens_copies
         self._unchecked = np.ones(len(entry.blocks), dtype=np.bool_)
         self.checked = False
 
@@ -187,7 +187,8 @@ class CheckedFile:
         self.check_blocks(np.arange(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)))
 
     def check_blocks(self, blocks: npt.NDArray[np.int64]) -> None:
-        """Make sure that these blocks, repeats allowed, are as prepared; CorruptData if not."""
+        """Make sure that these blocks, repeats allowed, are as prepared; CorruptData if not, AlteredCopy where it is of a cache,
+        in which it was so when it was opened."""
         if self.checked:
             return
         for block in np.unique(blocks[self._unchecked[blocks]]).tolist():
@@ -196,7 +197,13 @@ class CheckedFile:
             with memoryview(self.map) as view, view[start:stop] as part:
                 found = xxhash.xxh3_64_hexdigest(part)
             if found != self._entry.blocks[block]:
-                raise CorruptData(f"{self.path}: block {block} (bytes {start} to {stop - 1}) was altered; {RESTORE}")
+                what = f"{self.path}: block {block} (bytes {start} to {stop - 1}) was altered"
+                if self._is_copy:
+                    raise AlteredCopy(
+                        f"{what} in data.cache_directory while it was open; see to it that nothing else writes there",
+                        self._entry.sha256,
+                    )
+                raise CorruptData(f"{what}; {RESTORE}")
             self._unchecked[block] = False
         self.checked = not self._unchecked.any()
 

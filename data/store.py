@@ -41,6 +41,11 @@ class Store(Protocol):
         ...
 
     @property
+    def opens_copies(self) -> bool:
+        """Whether what it opens are copies of a cache: one that was altered since is fetched anew when it is opened again."""
+        ...
+
+    @property
     def looks_ahead_bytes(self) -> int:
         """How much is worth knowing of what is read next; 0: nothing, and `expect` and `reached` do nothing."""
         ...
@@ -61,6 +66,7 @@ class Store(Protocol):
 class LocalStore:
     """A directory of this machine."""
 
+    opens_copies = False
     looks_ahead_bytes = 0
 
     def __init__(self, directory: Path) -> None:

@@ -111,7 +111,10 @@ class TokenDataset:
     def _read(self, sample_ids: SampleIds, boundaries: Fields) -> tuple[npt.NDArray[np.integer], Hashes]:
         """The tokens (n, T + 1) of samples and their hashes (n,); fills what is asked for of where documents end."""
         check_range(sample_ids, self.samples)
-        self._close_some(sample_ids)
+        self._forget(self._shards.close_some(lambda: np.searchsorted(self._ends, sample_ids, side="right")))
+        return self._shards.read(lambda: self._read_open(sample_ids, boundaries), self._forget)
+
+    def _read_open(self, sample_ids: SampleIds, boundaries: Fields) -> tuple[npt.NDArray[np.integer], Hashes]:
         rows, views = self._buffers.take(len(sample_ids))
         tokens = rows.view(self._dtype).reshape(len(sample_ids), self._sequence_tokens + 1)
         by_shard = boundaries if self._packed is None else boundaries | {"tokens": tokens}
@@ -162,9 +165,8 @@ class TokenDataset:
     def reached(self, position: int) -> None:
         self._store.reached(position)
 
-    def _close_some(self, sample_ids: SampleIds) -> None:
-        """Drop maps that neither these samples (n,) nor, as far as is known, any later ones need."""
-        closed = self._shards.close_some(lambda: np.searchsorted(self._ends, sample_ids, side="right"))
+    def _forget(self, closed: dict[int, TokenShard | PackedShard]) -> None:
+        """Drop the maps of shards that were closed."""
         for number, shard in closed.items():
             self._checked[number] = False
             if isinstance(shard, TokenShard):

@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -108,6 +109,8 @@ def test_a_file_is_fetched_once_and_found_again(tmp_path: Path, files: Files) ->
     assert files.bring(cache, 1, 5) == "here"
     assert files.held(cache) == [0, 1]
     assert list((tmp_path / "cache" / "partial").iterdir()) == []
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "cache" / "files").iterdir()}
+    assert modes == {0o444}  # against what writes there by mistake
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "grown", "emptied"])
@@ -117,6 +120,7 @@ def test_a_file_that_was_altered_in_the_cache_is_fetched_again(tmp_path: Path, f
     path = tmp_path / "cache" / "files" / files.entries[0].sha256
     content = bytearray(path.read_bytes())
     content[4321] ^= 16
+    path.chmod(0o644)
     path.write_bytes(
         {"flipped": content, "cut": content[:-1], "grown": files.content(0) + b"x", "emptied": b""}[damage]
     )

@@ -72,9 +72,9 @@ def test_a_lock_excludes_until_it_is_closed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("below", ["", "below"])
 def test_a_link_that_leads_nowhere_is_an_error(tmp_path: Path, below: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "gone" / "target")
-    with pytest.raises(FileExistsError, match="a link to what is not there: .*link"):
+    with pytest.raises(FileExistsError, match=r"a link to what is not there: .*link"):
         make_directory(tmp_path / "link" / below)
-    with pytest.raises(FileExistsError, match="a link to what is not there: .*link"):
+    with pytest.raises(FileExistsError, match=r"a link to what is not there: .*link"):
         take_lock(tmp_path / "link" / below, wait=True)
 
 

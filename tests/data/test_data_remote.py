@@ -21,15 +21,16 @@ from data.config import DataConfig
 from data.dataset import open_dataset
 from data.download import Patience, download
 from data.errors import CorruptData, Unavailable
-from data.manifest import FileEntry, fingerprint_of
+from data.manifest import BLOCK_BYTES, FileEntry, fingerprint_of
 from data.needs import SAME_USE_LOOKS, Needs
 from data.open_shards import MOST_UNEXPECTED
+from data.packing import ensure_packing
 from data.prepare import prepare
 from data.remote import RemoteStore
 from data.samples import Dataset
 from data.store import LocalStore, open_store, read_manifest
 from data.tokenizers import load_tokenizer
-from tests.data.data_helpers import token_config, write_images
+from tests.data.data_helpers import lorem, token_config, write_images, write_jsonl
 from tests.data.faulty_server import Fault, FaultyServer, serving
 
 
@@ -327,6 +328,74 @@ def test_the_cache_may_go_between_any_two_reads(server: FaultyServer, prepared: 
         np.testing.assert_equal(dataset.gather(ids)[1], local.gather(ids)[1])
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)  # a thread may be writing into it
         dataset.expect(int(ids[0]), int(ids[-1]) + 1, ids)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokens in two shards of several blocks each: what is read later is hashed later."""
+    root = tmp_path_factory.mktemp("large")
+    source = write_jsonl(root / "corpus.jsonl", [lorem(number) * 50 for number in range(300)])
+    config = DataConfig(source=f"jsonl:{source}#text", directory=root / "made", shard_bytes=5 << 20, packing="best_fit")
+    directory = prepare(config)
+    ensure_packing(LocalStore(directory), config)
+    return directory
+
+
+def alter_in_place(cache: Path) -> list[str]:
+    """Another value in every byte but the first block's of every large file, which stays the same file: whose those are."""
+    altered = []
+    for path in (cache / "files").iterdir():
+        if path.stat().st_size > BLOCK_BYTES:
+            path.chmod(0o644)
+            with path.open("r+b") as file:
+                file.seek(BLOCK_BYTES)
+                rest = file.read()
+                file.seek(BLOCK_BYTES)
+                file.write(bytes(byte ^ 1 for byte in rest))
+            altered.append(path.name)
+    return altered
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_what_is_altered_in_the_cache_before_it_is_first_read_is_fetched_again(
+    large: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, packing: str
+) -> None:
+    options = {"sequence_tokens": 256, "packing": packing}
+    local = opened(LocalStore(large), **options)
+    with serving(large) as server:
+        dataset = opened(remote_store(server.address, tmp_path / "cache"), **options)
+        firsts = np.cumsum(dataset.shard_samples) - dataset.shard_samples
+        assert len(firsts) == 2
+        dataset.gather(firsts)
+        altered = alter_in_place(tmp_path / "cache")
+        assert len(altered) == 2
+        server.requests.clear()
+        assert_same_samples(dataset, large, **options)
+        names = sorted(entry.name for entry in shard_files(large) if entry.sha256 in altered)
+        assert sorted(server.requests.elements()) == names
+        for name in names:
+            assert f"{server.address}/{name}: block " in caplog.text
+        np.testing.assert_equal(dataset.content_hashes(firsts), local.content_hashes(firsts))
+
+
+def test_images_that_are_altered_in_the_cache_before_they_are_first_read_are_fetched_again(tmp_path: Path) -> None:
+    source = f"images:{write_images(tmp_path / 'pictures', count=100, size=(150, 150))}"
+    directory = prepare(DataConfig(source=source, directory=tmp_path / "made", validation_fraction=0.2))
+    with serving(directory) as server:
+        dataset = opened(remote_store(server.address, tmp_path / "cache"), sequence_tokens=256)
+        dataset.gather(np.arange(1))
+        assert len(alter_in_place(tmp_path / "cache")) == 1
+        assert_same_samples(dataset, directory, sequence_tokens=256)
+
+
+def test_what_is_altered_in_the_cache_and_wrong_at_the_address_is_told(large: Path, tmp_path: Path) -> None:
+    with serving(large) as server:
+        dataset = opened(remote_store(server.address, tmp_path / "cache"), sequence_tokens=256)
+        dataset.gather(np.arange(1))
+        assert alter_in_place(tmp_path / "cache")
+        server.always["train-00000.bin"] = Fault("flip", 3)
+        with pytest.raises(CorruptData, match=f"{server.address}/train-00000.bin: fetched 3 times, and never"):
+            dataset.gather(np.arange(dataset.samples))
 
 
 def forged(prepared: Path, **changes: object) -> bytes:
