@@ -63,7 +63,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             raise ValueError("not as it was written")
     except FileNotFoundError:
         raise BadCheckpoint(f"{directory}: no {MANIFEST_NAME}; it is not a checkpoint of Lockstep") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{path}: unreadable ({error})") from None
     claimed = manifest.pop("manifest_sha256", None)
     if hashlib.sha256(canonical_json(manifest)).hexdigest() != claimed:

@@ -43,6 +43,8 @@ def wrong_attempts(history: History, plans: Mapping[int, Plan], plan: Plan) -> l
         if counting and not _covers(own, plan, position_after(plan, counting[-1].step)):
             faults.append(Fault(counting[-1].step, f"attempt {attempt.attempt} had another plan than plan.json"))
         step, position = attempt.went_back_to, attempt.resumed_from_position or 0
+        if (foreign := _foreign_dataset(attempt, own)) is not None:
+            faults.append(Fault(step, foreign))
         if position != position_after(own, step):
             ends = position_after(own, step)
             faults.append(
@@ -53,6 +55,18 @@ def wrong_attempts(history: History, plans: Mapping[int, Plan], plan: Plan) -> l
             began = f"attempt {attempt.attempt} began from digest {attempt.resumed_from_digest}"
             faults.append(Fault(step, f"step {step}: {began}, but {line.place} has {line.digest}"))
     return [*faults, *_gaps(history)]
+
+
+def _foreign_dataset(attempt: AttemptRecord, own: Plan) -> str | None:
+    """A dataset that run.json names for an attempt, and that its plan does not have it read."""
+    planned = {stream.name: stream.fingerprint for stream in own.streams}
+    for name, place in attempt.datasets.items():
+        if place.fingerprint != planned.get(name):
+            named = f"stream {name}: " if name else ""
+            reads = f"reads {planned[name][:12]}" if name in planned else "has no such stream"
+            found = place.fingerprint[:12]
+            return f"{named}run.json says that attempt {attempt.attempt} read dataset {found}, but its plan {reads}"
+    return None
 
 
 def repeated_lines(history: History) -> dict[int, list[StepLine]]:

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ from launch.audit_attempts import (
 from launch.audit_lines import Before, Fault, Steps, Streams, wrong_line
 from launch.config import RunConfig
 from launch.exit_codes import DO_NOT_RESTART, DONE, STOPPED_EARLY
-from launch.history import History, StepLine, history_of, read_attempts, read_lines
+from launch.history import History, StepLine, history_of, read_attempts, read_lines, told_of
 from launch.places import dataset_places
 from launch.planning import read_plan
-from launch.recipe import parse_recipe, parse_yaml
+from launch.recipe import recipe_of_run
 from launch.run_directory import OUTCOME_FILE
 from launch.tables import Bar, format_table
+from launch.tracking.metrics_file import FILE_NAME
 
 # A process takes as long to begin as so many jobs take.
 _JOBS_A_WORKER = 16
@@ -73,11 +75,7 @@ def audit_run(run_directory: Path, datasets: Sequence[str], workers: int) -> int
 
 def read_told(run_directory: Path) -> Told:
     """Everything that a run's directory says, in an order in which a run that goes on meanwhile contradicts nothing."""
-    recipe = run_directory / "recipe.yaml"
-    if not recipe.is_file():
-        raise ValueError(
-            f"{run_directory}: not a run of Lockstep (no recipe.yaml); give a directory such as runs/NAME-0001"
-        )
+    config = recipe_of_run(run_directory)
     # What a run writes later is read earlier: a checkpoint has its step's line, a line its plan, a plan its attempt.
     outcome = _read_outcome(run_directory)
     checkpoints = _read_checkpoints(run_directory)
@@ -85,17 +83,17 @@ def read_told(run_directory: Path) -> Told:
     plan = read_plan(run_directory)
     refuse_streamed(plan, str(run_directory))
     attempts = read_attempts(run_directory)
-    config = parse_recipe(parse_yaml(recipe.read_text(), f"recipe {recipe}"), source=f"recipe {recipe}")
     return Told(outcome, checkpoints, history_of(attempts, lines), plan, config)
 
 
 def _read_outcome(run_directory: Path) -> Mapping[str, Any] | None:
     path = run_directory / OUTCOME_FILE
     try:
-        outcome = json.loads(path.read_text())
+        with told_of(path):
+            outcome = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError):
+    except (JSONDecodeError, UnicodeDecodeError, RecursionError):
         outcome = None
     if not isinstance(outcome, dict) or not all(type(outcome.get(k)) is int for k in ("exit_code", "step", "attempt")):
         raise CorruptData(f"{path}: not what a run writes; restore the file")
@@ -106,7 +104,8 @@ def _read_checkpoints(run_directory: Path) -> dict[str, Mapping[str, Any]]:
     manifests: dict[str, Mapping[str, Any]] = {}
     for path in published_checkpoints(run_directory / "checkpoints"):
         try:
-            manifests[path.name] = read_manifest(path)
+            with told_of(path):
+                manifests[path.name] = read_manifest(path)
         except BadCheckpoint:
             if path.exists():  # else the run has retired it meanwhile
                 raise
@@ -119,6 +118,8 @@ def _judge(run_directory: Path, told: Told, datasets: Sequence[str], workers: in
     if (fault := foreign_plan(history, plan)) is not None:
         return f"not proven: {fault.text}", False
     if not history.steps and history.flaw is None:
+        if beyond := [fault for fault in _wrong_marks(told) if fault.step > history.last_step]:
+            return f"not proven: no step is in {FILE_NAME}: {beyond[0].text}", False
         raise ValueError(f"{run_directory}: no step is in its log yet; train it further")
     data = AuditedData(
         plan,
@@ -163,7 +164,7 @@ def _repeated(
     attempt whose repeated lines cannot be proven, because it had a plan that is not there any more."""
     history = told.history
     plans = plans_of_attempts(history.attempts, told.plan)
-    if faults := wrong_attempts(history, plans, told.plan):
+    if (faults := wrong_attempts(history, plans, told.plan)) or history.flaw is not None:
         return faults, []
     unproven = []
     for attempt, lines in repeated_lines(history).items():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -125,15 +126,30 @@ class History:
         return self.steps[-1].step if self.steps else self.began.went_back_to
 
 
+@contextlib.contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """A file of a run that cannot be read is told in a line, as CorruptData where it is none. One that is missing is the
+    caller's to tell."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except IsADirectoryError:
+        raise CorruptData(f"{path}: a directory, where a run writes a file; restore the file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+
+
 def read_lines(run_directory: Path) -> list[StepLine]:
     """Every step's line in the order of the file. CorruptData for a line that is none; a torn last one is dropped."""
-    try:
-        return [
-            StepLine(number, record["step"], *(record.get(key) for key in _KEYS))
-            for number, record in read_step_lines(run_directory)
-        ]
-    except ValueError as error:
-        raise CorruptData(str(error)) from None
+    with told_of(run_directory / FILE_NAME):
+        try:
+            return [
+                StepLine(number, record["step"], *(record.get(key) for key in _KEYS))
+                for number, record in read_step_lines(run_directory)
+            ]
+        except ValueError as error:
+            raise CorruptData(str(error)) from None
 
 
 def read_attempts(run_directory: Path) -> list[AttemptRecord]:

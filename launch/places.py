@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -35,6 +36,6 @@ def present_places(run_directory: Path, known: Mapping[str, str], given: Sequenc
     if not places:
         raise ValueError(f"{run_directory}: does not say which dataset it was trained on; name it with --dataset")
     for address in places.values():
-        if not is_remote(address) and not Path(address).is_dir():
+        if not is_remote(address) and not os.path.isdir(address):
             raise ValueError(f"{address}: the dataset of {run_directory} is not there; name its place with --dataset")
     return places

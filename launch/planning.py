@@ -16,6 +16,7 @@ from data.samples import Dataset
 from data.steps import order_of
 from data.windows import WINDOWED_ORDER
 from launch.config import RunConfig
+from launch.history import told_of
 
 if TYPE_CHECKING:
     from data.streamed import StreamedSource
@@ -106,7 +107,8 @@ def read_plan(run_directory: Path) -> Plan:
     """The plan of a run's newest attempt. ValueError where there is none, CorruptData where a byte of it was altered."""
     path = run_directory / PLAN_FILE
     try:
-        content = path.read_bytes()
+        with told_of(path):
+            content = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{run_directory}: no {PLAN_FILE}, so nobody knows what its steps should read") from None
     damaged = f"{path}: altered or damaged; restore it from a checkpoint's state.json"

@@ -67,13 +67,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ValueError in one line: the key, its value and the nearest valid names.
     """
     path = find_recipe(recipe)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path}: cannot be read ({error})") from None
-    mapping = parse_yaml(text, f"recipe {path}")
-    if not isinstance(mapping, dict):
-        raise ValueError(f"recipe {path}: must hold sections (model:, data:, ...), not {type(mapping).__name__}")
+    mapping = _read_sections(path)
     for override in overrides:
         _apply_override(mapping, override)
     config = parse_recipe(mapping, source=f"recipe {path.stem if path.parent == SHIPPED_RECIPES else path}")
@@ -88,6 +82,28 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
         micro_samples=config.batch.micro_samples,
     )
     return config
+
+
+def recipe_of_run(run_directory: Path) -> RunConfig:
+    """The resolved recipe of a run. ValueError in one line where there is no run, or its recipe is damaged."""
+    path = run_directory / "recipe.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"{run_directory}: not a run of Lockstep (no recipe.yaml); give a directory such as runs/NAME-0001"
+        )
+    return parse_recipe(_read_sections(path), source=f"recipe {path}")
+
+
+def _read_sections(path: Path) -> dict[Any, Any]:
+    """What a recipe's file holds. ValueError where that is not text, not YAML, or no sections."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path}: cannot be read ({error})") from None
+    mapping = parse_yaml(text, f"recipe {path}")
+    if not isinstance(mapping, dict):
+        raise ValueError(f"recipe {path}: must hold sections (model:, data:, ...), not {type(mapping).__name__}")
+    return mapping
 
 
 def find_recipe(recipe: str) -> Path:
@@ -115,6 +131,8 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{source}{line}: {error.problem}") from None
+    except RecursionError:
+        raise ValueError(f"{source}: not valid YAML (nested too deeply)") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ValueError(f"{source}: not valid YAML ({error})") from None
     finally:

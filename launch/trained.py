@@ -27,7 +27,7 @@ from launch.config import RunConfig
 from launch.evaluation import Sums, evaluate_streams
 from launch.materials import Materials, open_materials
 from launch.places import present_places
-from launch.recipe import parse_recipe, parse_yaml
+from launch.recipe import recipe_of_run
 from models.generation import generate
 
 
@@ -45,12 +45,7 @@ class TrainedModel:
 def load_trained(run_directory: Path, checkpoint: Path | None, datasets: Sequence[str], device: str) -> TrainedModel:
     """The model of a run: its newest good checkpoint, or the one that is named, with the dataset that it was trained on,
     where the run left it or where `datasets`, each DIR or STREAM=DIR, say. Raises ValueError in one line."""
-    recipe = run_directory / "recipe.yaml"
-    if not recipe.is_file():
-        raise ValueError(
-            f"{run_directory}: not a run of Lockstep (no recipe.yaml); give a directory such as runs/NAME-0001"
-        )
-    config = parse_recipe(parse_yaml(recipe.read_text(), f"recipe {recipe}"), source=f"recipe {recipe}")
+    config = recipe_of_run(run_directory)
     world = single_process_world(device)
     if config.data.streaming and datasets:
         raise ValueError(

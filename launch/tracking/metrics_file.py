@@ -11,6 +11,7 @@ from typing import Any
 
 FILE_NAME = "metrics.jsonl"
 _BLOCK_BYTES = 65536
+_MOST_STEPS = 1 << 62
 STALL_KEY = "checkpoint_stall_seconds"
 """In a line of its own for every save: how long training waited for it, and for the one before to be written."""
 END_KEY = "ended"
@@ -125,7 +126,7 @@ def _lines(run_directory: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
                 if not line.endswith(b"\n"):
                     break
                 raise ValueError(
-                    f"{path}: line {number} is not a JSON object with a whole-number `step`; "
+                    f"{path}: line {number} is not a JSON object with a whole-number `step` that a run can have; "
                     "restore the file or delete that line"
                 )
             yield number, _kind(record), record
@@ -141,9 +142,9 @@ def _kind(record: dict[str, Any]) -> str:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:  # also what a broken UTF-8 sequence raises
+    except (ValueError, RecursionError):  # also what a broken UTF-8 sequence raises
         return None
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
+    if not isinstance(record, dict) or type(record.get("step")) is not int or abs(record["step"]) >= _MOST_STEPS:
         return None
     return record
 

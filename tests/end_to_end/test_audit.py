@@ -162,6 +162,21 @@ def repeat_line(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*records, {**line, "digest": flip(line["digest"]), "loss": 1.0}]
 
 
+def remove_all(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return []
+
+
+def absurd_step(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    step_lines(records, 1)[0]["step"] = 1 << 80
+    return records
+
+
+def far_step(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """In the one that was repeated, where a line counts as missing."""
+    repeated_line(records)["step"] = (1 << 62) - 1
+    return remove_line(records)
+
+
 def alter_samples(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     step_lines(records, 3)[1]["samples"] += 1
     return records
@@ -231,6 +246,9 @@ def other_attempt(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         (invent_all_digests, r"step 1 \(.*the next line goes on from neither: other samples or other bytes were read"),
         (remove_line, r"step \d+ has no line: next is step \d+, line \d+"),
         (remove_the_end, r"checkpoint step-\d+ has digest \w+ at position \d+, but no line|outcome.json: says that attempt 3"),
+        (remove_all, r"no step is in metrics.jsonl: checkpoint step-\d+ has digest \w+ at position \d+, but no line"),
+        (absurd_step, r"metrics.jsonl: line \d+ is not a JSON object with a whole-number `step` that a run can have"),
+        (far_step, r"step \d+ has no line|follows step \d+ of the same attempt"),
         (repeat_line, r"step \d+ has two lines: line \d+ .*, and line \d+"),
         (alter_samples, r"says \d+ samples, the plan \d+"),
         (alter_tokens, r"says \d+ tokens, with its samples there are \d+"),
@@ -259,6 +277,54 @@ def test_a_broken_line_is_named(copy: Path, audit: Audit) -> None:
     path.write_text("".join([*lines[:5], lines[5][:20] + "\n", *lines[6:]]))
     code, verdict = audit(copy)
     assert (code, "line 6 is not a JSON object" in verdict) == (78, True)
+
+
+def test_a_log_that_is_gone(copy: Path, audit: Audit) -> None:
+    (copy / "metrics.jsonl").unlink()
+    code, verdict = audit(copy)
+    assert (code, "not proven: no step is in metrics.jsonl: checkpoint" in verdict) == (78, True)
+    shutil.rmtree(copy / "checkpoints")
+    code, verdict = audit(copy)
+    assert (code, "outcome.json: says that attempt 3 ended after step" in verdict) == (78, True)
+    (copy / "outcome.json").unlink()
+    code, verdict = audit(copy)
+    assert (code, "no step is in its log yet" in verdict) == (2, True)  # as of a run that has just begun
+
+
+def make_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def nest(path: Path) -> None:
+    path.write_text("[" * 100_000 + "\n{}\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "code", "why"),
+    [
+        ("metrics.jsonl", make_directory, 78, "metrics.jsonl: a directory, where a run writes a file"),
+        ("plan.json", make_directory, 78, "plan.json: a directory, where a run writes a file"),
+        ("outcome.json", make_directory, 78, "outcome.json: a directory, where a run writes a file"),
+        ("run.json", make_directory, 2, "no run.json"),
+        ("recipe.yaml", make_directory, 2, "no recipe.yaml"),
+        ("metrics.jsonl", nest, 78, "metrics.jsonl: line 1 is not a JSON object"),
+        ("plan.json", nest, 78, "plan.json: altered or damaged"),
+        ("outcome.json", nest, 78, "outcome.json: not what a run writes"),
+        ("run.json", nest, 78, "run.json: not what a run writes"),
+        ("recipe.yaml", nest, 2, "recipe.yaml.*: not valid YAML"),
+        ("recipe.yaml", lambda path: path.write_bytes(b"\xff\xfe"), 2, "recipe.yaml: cannot be read .*decode"),
+        ("recipe.yaml", lambda path: path.write_bytes(b""), 2, "recipe.yaml: must hold sections"),
+        ("outcome.json", lambda path: path.write_bytes(b"\xff\xfe"), 78, "outcome.json: not what a run writes"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_run_is_named(
+    copy: Path, audit: Audit, name: str, damage: Callable[[Path], object], code: int, why: str
+) -> None:
+    damage(copy / name)
+    found, verdict = audit(copy)
+    assert found == code
+    assert re.search(why, verdict), verdict
 
 
 def test_an_altered_loss_is_no_fault_of_the_data(copy: Path, audit: Audit) -> None:
@@ -340,6 +406,11 @@ def forge_run(run: Path, change: Callable[[list[dict[str, Any]]], object]) -> No
     (run / "run.json").write_text(json.dumps(identity))
 
 
+def name_place(attempt: dict[str, Any], **changes: str) -> None:
+    for place in attempt["datasets"].values():
+        place.update(changes)
+
+
 def move_resumption(attempt: dict[str, Any], steps: int) -> None:
     attempt["resumed_from_step"] += steps
 
@@ -359,6 +430,8 @@ def move_resumption(attempt: dict[str, Any], steps: int) -> None:
         (lambda attempts: attempts[1].update(plan=attempts[0]["plan"]), "attempt 2 had another plan than plan.json"),
         (lambda attempts: attempts[2].update(resumed_from_position=1), "attempt 3 began at position 1, but step"),
         (lambda attempts: attempts[1].update(resumed_from_position=1), "attempt 2 began at position 1, but step"),
+        (lambda attempts: name_place(attempts[0], fingerprint="x"), "attempt 1 read dataset x, but its plan reads"),
+        (lambda attempts: attempts[2]["datasets"].update(other=attempts[2]["datasets"]["web"]), "has no such stream"),
         (lambda attempts: attempts.append({**attempts[2], "attempt": 4, "resumed_from_step": 2}), "attempt 4 began at position"),
     ],
 )  # fmt: skip
@@ -490,6 +563,9 @@ def test_what_cannot_be_audited_says_so(copy: Path, audit: Audit, tmp_path: Path
     assert (code, "the run's streams are code, web" in verdict) == (2, True)
     code, verdict = audit(copy, "--dataset", f"web={tmp_path / 'gone'}")
     assert (code, "gone: the dataset of" in verdict) == (2, True)
+    forge_run(copy, lambda attempts: name_place(attempts[2], directory=f"/tmp/{'x' * 5000}"))
+    code, verdict = audit(copy)
+    assert (code, "x: the dataset of" in verdict) == (2, True)
     stream = StreamPart(fingerprint="0" * 64, order="streamed-1", sequence_tokens=64)
     plan = Plan.of([Segment(start_position=0, streams=(stream,), seed=0, global_samples=8)])
     (copy / "plan.json").write_bytes(plan_file_bytes(plan))
