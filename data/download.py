@@ -52,6 +52,33 @@ class Patience:
         return min(self.longest_pause_seconds, self.first_pause_seconds * 2.0 ** min(failures - 1, 32))
 
 
+class Tries:
+    """How often one address has failed in a row: tells of its first failure, and waits before it is tried again."""
+
+    def __init__(self, address: str, patience: Patience) -> None:
+        self._address, self._patience = address, patience
+        self._failures, self._told = 0, False
+
+    def again(self, error: BaseException | None) -> bool:
+        """After a failure: whether it is tried again, once a pause is over. None: what came broke off."""
+        self._failures += 1
+        if self._failures > self._patience.retries or (error is not None and is_denied(error)):
+            return False
+        if not self._told:
+            seconds = sum(map(self._patience.pause, range(1, self._patience.retries + 1)))
+            reason = "it breaks off" if error is None else _reason(error)
+            log.warning(
+                "%s: cannot be read now (%s); trying again for up to %.0f s", self._address, reason, seconds + 0.5
+            )
+            self._told = True
+        time.sleep(self._patience.pause(self._failures))
+        return True
+
+    def went_on(self) -> None:
+        """Something came since the last failure."""
+        self._failures = 0
+
+
 class Partial:
     """A file that grows from its beginning, and the hash of what it holds. What an earlier process left in it counts."""
 
@@ -101,7 +128,7 @@ def download(source: Source, entry: FileEntry, file: FileIO, patience: Patience,
     part = Partial(file)
     if part.size > entry.bytes:
         part.restart()
-    failures, mismatches, furthest = 0, 0, part.size
+    tries, mismatches, furthest = Tries(source.address, patience), 0, part.size
     while True:
         problem = _continue(source, entry, part, make_room) if part.size < entry.bytes else None
         if problem is None:
@@ -117,11 +144,10 @@ def download(source: Source, entry: FileEntry, file: FileIO, patience: Patience,
             part.restart()
             continue
         if part.size > furthest:  # it goes on, if slowly
-            failures, furthest = 0, part.size
-        failures += 1
-        if failures > patience.retries or isinstance(problem.__cause__, PermissionError):
+            tries.went_on()
+            furthest = part.size
+        if not tries.again(problem.__cause__):
             raise problem
-        time.sleep(patience.pause(failures))
 
 
 def _continue(source: Source, entry: FileEntry, part: Partial, make_room: MakeRoom) -> ValueError | None:
@@ -164,21 +190,30 @@ def _is_timeout(error: BaseException | None) -> bool:
     return False
 
 
+def is_denied(error: BaseException) -> bool:
+    """Whether a server said that what was asked for is not for us: asking again makes no difference."""
+    response = getattr(error, "response", None)
+    statuses = (getattr(error, "status", None), getattr(response, "status_code", None))
+    return isinstance(error, PermissionError) or any(status in (401, 403) for status in statuses)
+
+
+def _reason(error: BaseException) -> str:
+    if _is_timeout(error):
+        return "nothing, or too little, within data.download_timeout_seconds"
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
+
+
 def describe_failure(address: str, error: Exception) -> ValueError:
     """What a failure to read from an address means, in a line; the failure is its cause."""
-    text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
     found: ValueError
     if isinstance(error, FileNotFoundError):
         found = CorruptData(f"{address}: listed in the manifest but missing; {RESTORE}")
-    elif isinstance(error, PermissionError):
-        found = Unavailable(f"{address}: access is denied ({text}); give credentials in the environment")
+    elif is_denied(error):
+        how = " (for this protocol in ~/.netrc)" if address.startswith(("http://", "https://")) else ""
+        found = Unavailable(f"{address}: access is denied ({_reason(error)}); give credentials in the environment{how}")
     elif _is_mismatch(error):
         found = CorruptData(f"{address}: not what its server has a checksum of; {RESTORE}")
-    elif _is_timeout(error):
-        found = Unavailable(
-            f"{address}: cannot be read (nothing, or too little, within data.download_timeout_seconds); is the server there?"
-        )
     else:
-        found = Unavailable(f"{address}: cannot be read ({text}); is the server there?")
+        found = Unavailable(f"{address}: cannot be read ({_reason(error)}); is the server there?")
     found.__cause__ = error
     return found

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from data.cache import ShardCache
-from data.download import MakeRoom, Patience, describe_failure, download
+from data.download import MakeRoom, Patience, Tries, describe_failure, download
 from data.errors import CorruptData
 from data.manifest import MANIFEST_NAME, FileEntry
 from data.needs import Needs
@@ -31,6 +31,10 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 LOOK_SECONDS = 0.1
 
 
+# What is raised of a file that some implementations open on this machine, and which no waiting helps.
+_NO_CONNECTION = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+
 class Remote:
     """A directory at an fsspec address. The connection is made when it is first used."""
 
@@ -43,21 +47,37 @@ class Remote:
         self._lock = threading.Lock()
 
     def connect(self) -> tuple[Any, str]:
-        """The file system and the directory's path in it. ValueError where the protocol's package is missing."""
+        """The file system and the directory's path in it. ValueError where the protocol's package is missing or the address
+        is none for it, Unavailable where its server does not answer."""
         with self._lock:
             if self._connected is None:
-                import fsspec
-
-                try:
-                    self._connected = fsspec.core.url_to_fs(self.address, skip_instance_cache=True, **self._options())
-                except ImportError as error:
-                    extra = EXTRAS.get(self.protocol)
-                    what = f"'lockstep[{extra}]'" if extra else f"what fsspec needs for {self.protocol}"
-                    reason = " ".join(str(error).split())
-                    raise ValueError(f"{self.address}: {reason}; pip install {what}") from None
-                except ValueError as error:
-                    raise ValueError(f"{self.address}: {' '.join(str(error).split())}") from None
+                self._connected = self._connect()
             return self._connected
+
+    def _connect(self) -> tuple[Any, str]:
+        import fsspec
+
+        tries = Tries(self.address, self._patience)
+        while True:
+            try:
+                found: tuple[Any, str] = fsspec.core.url_to_fs(
+                    self.address, skip_instance_cache=True, **self._options()
+                )
+                return found
+            except ImportError as error:
+                extra = EXTRAS.get(self.protocol)
+                what = f"'lockstep[{extra}]'" if extra else f"what fsspec needs for {self.protocol}"
+                raise ValueError(f"{self.address}: {_in_a_line(error)}; pip install {what}") from None
+            except ValueError as error:
+                raise ValueError(f"{self.address}: {_in_a_line(error)}") from None
+            except Exception as error:  # implementations raise their own types
+                if not isinstance(error, OSError) or isinstance(error, _NO_CONNECTION):
+                    raise ValueError(
+                        f"{self.address}: cannot be used as an address ({type(error).__name__}: {_in_a_line(error)}); give "
+                        "a directory at https://, s3://, gs://, hf:// or whatever needs no more than an address"
+                    ) from error
+                if not tries.again(error):
+                    raise describe_failure(self.address, error) from error
 
     def _options(self) -> dict[str, Any]:
         """What makes a request that gets no answer fail in time; everything else comes from the environment."""
@@ -74,7 +94,7 @@ class Remote:
 
     def read(self, name: str) -> bytes | None:
         """The whole of a small file; None if there is none. ValueError where it cannot be read."""
-        failures = 0
+        tries = Tries(f"{self.address}/{name}", self._patience)
         while True:
             content = bytearray()
             try:
@@ -88,10 +108,8 @@ class Remote:
             except CorruptData:
                 raise
             except Exception as error:  # implementations raise their own types
-                failures += 1
-                if failures > self._patience.retries or isinstance(error, PermissionError):
+                if not tries.again(error):
                     raise describe_failure(f"{self.address}/{name}", error) from error
-            time.sleep(self._patience.pause(failures))
 
     def fetch(self, entry: FileEntry, file: FileIO, make_room: MakeRoom) -> None:
         """`data.download.download` of a listed file."""
@@ -100,17 +118,15 @@ class Remote:
     def names(self) -> list[str] | None:
         """What lies in the directory, sorted; None where nobody says it: the protocol or the server does not list."""
         filesystem, root = self.connect()
-        failures = 0
+        tries = Tries(self.address, self._patience)
         while True:
             filesystem.invalidate_cache()
             try:
                 found = filesystem.ls(root, detail=False)
                 break
             except Exception as error:  # implementations raise their own types
-                failures += 1
-                if failures > self._patience.retries or _is_final(error):
+                if _is_final(error) or not tries.again(error):
                     return None
-            time.sleep(self._patience.pause(failures))
         if self.protocol in ("http", "https"):  # the links of a page: also those that sort it, or lead elsewhere
             links = {path.removeprefix(f"{root}/").rstrip("/") for path in found}
             names = {unquote(link) for link in links if link and not set(link) & set("?#/")}
@@ -118,6 +134,10 @@ class Remote:
             names = {path.rstrip("/").rsplit("/", 1)[-1] for path in found}
         # What does not show the manifest, which is there, is some page and no listing.
         return sorted(names) if MANIFEST_NAME in names else None
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _is_final(error: Exception) -> bool:

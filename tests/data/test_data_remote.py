@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from data.samples import Dataset
 from data.store import LocalStore, open_store, read_manifest
 from data.tokenizers import load_tokenizer
 from tests.data.data_helpers import lorem, token_config, write_images, write_jsonl
-from tests.data.faulty_server import Fault, FaultyServer, serving
+from tests.data.faulty_server import Fault, FaultyHandler, FaultyServer, answering, serving
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,79 @@ def test_what_stays_wrong_is_told(server: FaultyServer, prepared: Path, tmp_path
             assert file.read() == (prepared / entry.name).read_bytes()
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_denied_access_is_told_at_once(
+    server: FaultyServer, prepared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    store = remote_store(server.address, tmp_path / "cache", download_pause_seconds=60)
+    entry = shard_files(prepared)[0]
+    why = rf"access is denied \(ClientResponseError: {status}.*\); give credentials in the environment .*netrc"
+    for name in ("manifest.json", entry.name):
+        server.always[name] = Fault("status", status=status)
+    with pytest.raises(Unavailable, match=f"{server.address}/manifest.json: {why}"):
+        read_manifest(store)
+    with pytest.raises(Unavailable, match=f"{server.address}/{entry.name}: {why}"):
+        store.open(entry)
+    assert server.requests == {"manifest.json": 1, entry.name: 1}
+    assert caplog.text == ""
+
+
+class GuardedHandler(FaultyHandler):
+    """Asks for a name and a password."""
+
+    def do_GET(self) -> None:
+        if self.headers.get("Authorization"):
+            super().do_GET()
+        else:
+            self.refuse(401)
+
+
+def test_credentials_for_http_come_from_netrc(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering(FaultyServer(prepared), GuardedHandler) as server:
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        with pytest.raises(Unavailable, match="access is denied"):
+            read_manifest(remote_store(server.address, tmp_path / "cache"))
+        (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password hunter2\n")
+        assert_same_samples(opened(remote_store(server.address, tmp_path / "cache")), prepared)
+
+
+def test_that_it_is_tried_again_is_told_once(
+    server: FaultyServer, prepared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entry = shard_files(prepared)[0]
+    for name in ("manifest.json", entry.name):
+        server.faults[name] = [Fault("status", status=503), Fault("truncate", 1000), Fault("reset", 1500)]
+    server.faults["manifest.json"].pop(1)  # how long that is nobody says beforehand
+    store = remote_store(server.address, tmp_path / "cache", download_pause_seconds=0.2)
+    read_manifest(store)
+    store.open(entry).close()
+    told = [record.getMessage() for record in caplog.records]
+    assert [line.split(" (")[0] for line in told] == [
+        f"{server.address}/{name}: cannot be read now" for name in ("manifest.json", entry.name)
+    ]
+    for line in told:
+        assert re.search(r"\(ClientResponseError: 503.*\); trying again for up to 2 s$", line)
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("github://a/b", "cannot be used as an address"),
+        ("reference://x", "cannot be used as an address"),
+        ("dir://x", "cannot be used as an address"),
+        ("generic://x", "cannot be used as an address"),
+        ("tar:///nowhere/x", "cannot be used as an address"),
+        ("zip:///tmp", "cannot be used as an address"),
+        ("cached://x", "Please provide"),
+        ("ftp://127.0.0.1:9/x", "cannot be read .*ConnectionRefusedError.* is the server there?"),
+    ],
+)
+def test_addresses_that_cannot_be_opened_are_told_in_a_line(tmp_path: Path, address: str, why: str) -> None:
+    with pytest.raises(ValueError, match=f"^{address}: {why}") as raised:
+        remote_store(address, tmp_path / "cache")
+    assert "\n" not in str(raised.value)
+
+
 class StumblingSource:
     """A file that is sent in pieces of 100 bytes, with a broken connection after each."""
 
@@ -216,8 +290,14 @@ def test_addresses() -> None:
             parse_address(address)
         assert "pw" not in str(raised.value).replace("password", "")
         assert "token" not in str(raised.value)
-    for address in ("://x", "s3://", "simplecache::s3://bucket/x"):
-        with pytest.raises(ValueError, match="address"):
+    for address in ("://x", "s3://", "http:///x", "s3:///bucket"):
+        with pytest.raises(ValueError, match="not an address; it has the form"):
+            parse_address(address)
+    for address in ("simplecache::s3://bucket/x", "zip://a::s3://bucket/x"):
+        with pytest.raises(ValueError, match="chained addresses are not read"):
+            parse_address(address)
+    for address in ("http://[::1/x", "http://[::1]/x", "http://[1/x", "http://host:port/x"):
+        with pytest.raises(ValueError, match="not a valid address"):
             parse_address(address)
 
 
