@@ -74,8 +74,11 @@ class LocalStore:
         self.address = str(directory)
 
     def read(self, name: str) -> bytes | None:
+        path = self.directory / name
         try:
-            return (self.directory / name).read_bytes()
+            if not stat.S_ISREG(path.stat().st_mode):  # of some others, reading would not end
+                raise CorruptData(f"{path}: not a regular file; {RESTORE}")
+            return path.read_bytes()
         except FileNotFoundError:
             return None
         except NotADirectoryError:

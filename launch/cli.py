@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,12 +17,33 @@ from launch.arguments import (
     training_command_line,
 )
 from launch.data_arguments import add_data_commands, add_datasets, add_prepare_command
-from launch.exit_codes import DO_NOT_RESTART, STOPPED_EARLY, USAGE
+from launch.exit_codes import DO_NOT_RESTART, FAILED, STOPPED_EARLY, USAGE
 from launch.submit_arguments import add_submission_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code."""
+    """Runs a command and returns its exit code. Where nobody reads its output any more, as before `head`, it ends quietly."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads_output():
+            raise
+        # What is still buffered would be written in vain once more when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _nobody_reads_output() -> bool:
+    """Whether standard output is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     # A user's own model lies where they stand, as it does for `python -m launch.train`; last, so that it shadows nothing.
     sys.path.append(str(Path.cwd()))
     arguments = parse_with_overrides(_make_parser(), argv)

@@ -18,7 +18,7 @@ from data.manifest import MANIFEST_NAME, Manifest
 from data.plan import Plan
 from data.prepare import prepared_directory
 from data.samples import Dataset
-from data.steps import Steps
+from data.steps import Share, Steps
 from data.store import Store, open_store, read_manifest
 from launch.config import RunConfig
 from launch.exit_codes import DONE
@@ -29,6 +29,7 @@ from launch.recipe import load_recipe
 from launch.tables import format_table
 
 _MOST_SAMPLES = 1 << 62
+_MOST_WORKERS = 1 << 20
 # However narrow a terminal is, so much of a sample is shown.
 _LEAST_ROOM = 40
 
@@ -125,6 +126,8 @@ def _check_numbers(step: int, world: int | None, micro_samples: int | None) -> N
     for name, value in (("--step", step), ("--world", world), ("--micro-samples", micro_samples)):
         if value is not None and value < 1:
             raise ValueError(f"{name} {value}: must be at least 1")
+    if world is not None and world > _MOST_WORKERS:
+        raise ValueError(f"--world {world}: at most {_MOST_WORKERS}; lower it")
     if micro_samples is not None and world is None:
         raise ValueError(f"--micro-samples {micro_samples}: has no effect without --world; remove it")
 
@@ -167,15 +170,14 @@ def _slots(opened: _Opened, first: int, stop: int, world: int, micro_samples: in
         opened.datasets[stream.name].shard_samples if stream.name in opened.datasets else None
         for stream in opened.plan.streams
     ]
+    count = stop - first
+    whole = Steps(opened.plan, shard_samples, rank=0, world_size=1, micro_samples=count, stop_position=stop)
+    samples = [*zip(*(field.tolist() for field in whole.block(first, 1).samples), strict=True)]
     for rank in range(world):
-        steps = Steps(
-            opened.plan, shard_samples, rank=rank, world_size=world, micro_samples=micro_samples, stop_position=stop
-        )
-        block = steps.block(first, 1)
-        share, samples = block.shares[0], block.samples
+        share = Share.of(count, rank, world, micro_samples)
         batches = np.repeat(np.arange(len(share.sizes)), share.sizes).tolist()
-        for batch, *sample in zip(batches, *(field.tolist() for field in samples), strict=True):
-            yield _Slot(rank, batch, batch >= share.real, *sample)
+        for batch, offset in zip(batches, share.offsets.tolist(), strict=True):
+            yield _Slot(rank, batch, batch >= share.real, *samples[offset])
 
 
 def _title(named: bool, by_rank: bool) -> list[str]:

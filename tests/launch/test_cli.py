@@ -80,6 +80,16 @@ def test_wrong_usage_is_answered_with_2_and_leaves_nothing(arguments: list[str],
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["engines"], ["train", "--help"]], ids=" ".join)
+def test_output_that_nobody_reads_ends_quietly(arguments: list[str], tmp_path: Path) -> None:
+    """As before `head`, which has gone when it has seen enough."""
+    process = subprocess.Popen([LOCKSTEP, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.communicate(timeout=120)[1] == b""
+    assert process.returncode == (0 if "--help" in arguments else 1)  # argparse has help end well
+
+
 def test_the_worker_refuses_the_same_recipes(tmp_path: Path) -> None:
     worker = (sys.executable, "-m", "launch.train")
     refused = run("gpt-stdlib", "run.stepz=3", cwd=tmp_path, command=worker)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("images")
     folder = write_images(root / "images", count=20, size=(12, 8))
     return prepare(DataConfig(source=f"images:{folder}", directory=root / "prepared", validation_fraction=0.4))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_no_manifest(tmp_path: Path, say: Say, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "manifest.json")
+    code, lines = say("info", tmp_path)
+    assert code == 78
+    assert f"{tmp_path}/manifest.json: not a regular file" in lines[-1]
 
 
 def test_info_of_texts(texts: Path, say: Say) -> None:
@@ -295,6 +304,24 @@ def test_order_of_a_far_step_and_with_overrides(recipe: Path, say: Say) -> None:
     assert say("order", recipe, "--step", 10**15, "batch.global_samples=3", "run.seed=1")[1][2:] != lines[2:]
 
 
+def test_order_of_more_workers_than_samples(recipe: Path, say: Say) -> None:
+    code, lines = say("order", recipe, "--step", 4, "--world", 20_000)
+    assert code == 0
+    shown = cells(lines)
+    assert len(shown) == 20_000
+    assert sorted(int(row["position"]) for row in shown if not row["batch"].endswith("*")) == [*range(30, 40)]
+
+
+def test_order_that_nobody_reads_to_its_end_ends_quietly(recipe: Path) -> None:
+    words = [Path(sys.executable).parent / "lockstep", "data", "order", recipe, "--step", "4", "--world", "20000"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith(b"step 4: ")
+    process.stdout.close()
+    assert process.communicate(timeout=120)[1] == b""
+    assert process.returncode == 1
+
+
 def test_order_of_images(images: Path, tmp_path: Path, say: Say) -> None:
     manifest = json.loads((images / "manifest.json").read_text())["manifest"]
     given = {
@@ -316,6 +343,7 @@ def test_order_of_images(images: Path, tmp_path: Path, say: Say) -> None:
     [
         (["--step", "0"], "--step 0: must be at least 1"),
         (["--step", "1", "--world", "0"], "--world 0: must be at least 1"),
+        (["--step", "1", "--world", str(10**12)], "--world 1000000000000: at most 1048576"),
         (["--step", "1", "--micro-samples", "2"], "--micro-samples 2: has no effect without --world"),
         (["--step", "1", "--world", "2", "--micro-samples", "11"], "--micro-samples 11: the step has 10 samples"),
         (["--step", str(10**30)], "lies beyond 2^62 samples"),
