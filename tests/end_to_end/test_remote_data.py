@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,17 +16,31 @@ import pytest
 from data.config import DataConfig
 from data.prepare import prepare
 from tests.data.faulty_server import Fault, FaultyServer, serving
-from tests.end_to_end.runs import WarmProcess, environment, history, lockstep, tiny_gpt, write_recipe
+from tests.end_to_end.runs import (
+    LOCKSTEP,
+    WarmProcess,
+    environment,
+    history,
+    lockstep,
+    side_by_side,
+    tiny_gpt,
+    write_corpus,
+    write_recipe,
+)
 
 SHARD_BYTES = 1500
+WINDOWS = {"order": "windowed", "lanes": 2, "window_shards": 2}
+PAGE_BYTES = 4096
+"""What a small file takes of a disk in memory."""
+DISK_PAGES = 160
+"""More than the files that a run has open, which take room even when they have been evicted."""
 
 
 @pytest.fixture(scope="module")
 def sharded(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A dataset of many small shards, and the values of a recipe that reads it from its directory."""
     directory = tmp_path_factory.mktemp("sharded") / "dataset"
-    windows = {"order": "windowed", "lanes": 2, "window_shards": 2}
-    values = tiny_gpt(directory, corpus, data={"shard_bytes": SHARD_BYTES, **windows})
+    values = tiny_gpt(directory, corpus, data={"shard_bytes": SHARD_BYTES, **WINDOWS})
     prepare(DataConfig.model_validate(values["data"]))
     assert len(list(directory.glob("train-*.bin"))) > 12
     return directory, values
@@ -72,6 +90,57 @@ def test_a_run_from_an_address_is_the_run_from_the_directory(
     assert f"{server.address}: good; " in warm.lockstep("data", "verify", server.address, cwd=tmp_path, env=home).out
     there = warm.lockstep("data", "info", server.address, cwd=tmp_path, env=home).succeeded().out
     assert there == warm.lockstep("data", "info", dataset, cwd=tmp_path).succeeded().out
+
+
+@pytest.mark.long
+def test_two_runs_at_once_over_one_cache_that_holds_neithers_data(
+    sharded: tuple[Path, dict[str, Any]], server: FaultyServer, warm: WarmProcess, tmp_path: Path
+) -> None:
+    dataset, values = sharded
+    cache = tmp_path / "cache"
+    limit = sum(path.stat().st_size for path in dataset.glob("train-*")) // 3
+    local = write_recipe(tmp_path / "local.yaml", values)
+    remote = remote_recipe(tmp_path / "r.yaml", values, server.address, cache, cache_bytes=limit)
+    commands = [
+        [LOCKSTEP, "train", remote, f"run.directory=run-{seed}", f"run.seed={seed}", "--workers", 1] for seed in (1, 2)
+    ]
+    for ended in side_by_side(commands, cwd=tmp_path, envs=[environment(), environment()]):
+        ended.succeeded()
+    for seed in (1, 2):
+        warm.worker(local, f"run.directory=local-{seed}", f"run.seed={seed}", cwd=tmp_path).succeeded()
+        assert history(tmp_path / f"run-{seed}") == history(tmp_path / f"local-{seed}")
+    assert 0 < sum(path.stat().st_size for path in (cache / "files").iterdir()) <= limit
+    assert list((cache / "partial").iterdir()) == []
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_cache_on_a_disk_that_is_too_small_for_its_limit(warm: WarmProcess, tmp_path: Path) -> None:
+    """What the disk does not take makes room for what is needed first; on one that others have filled no run begins."""
+    corpus, disk = write_corpus(tmp_path / "corpus", documents=200), tmp_path / "disk"
+    values = tiny_gpt(tmp_path / "dataset", corpus, run={"steps": 80}, data={"shard_bytes": SHARD_BYTES, **WINDOWS})
+    dataset = prepare(DataConfig.model_validate(values["data"]))
+    disk.mkdir()
+    size = f"size={DISK_PAGES * PAGE_BYTES}"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this machine does not let tests mount a small disk")
+    try:
+        local = write_recipe(tmp_path / "local.yaml", values)
+        warm.worker(local, "run.directory=local", cwd=tmp_path).succeeded()
+        with serving(dataset) as server:
+            recipe = remote_recipe(tmp_path / "r.yaml", values, server.address, disk / "cache")
+            train = ("train", recipe, "--workers", 1)
+            lockstep(*train, "run.directory=run", cwd=tmp_path).succeeded()
+            assert history(tmp_path / "run") == history(tmp_path / "local")
+            assert len([name for name in server.requests if name.startswith("train-")]) > DISK_PAGES
+            shutil.rmtree(disk / "cache")
+            with (disk / "thesis").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(PAGE_BYTES))
+            refused = lockstep(*train, "run.directory=full", cwd=tmp_path)
+            refused.failed_with(2, "data.cache_directory: its disk has room for", "free some")
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_what_is_wrong_is_told_in_a_line(
