@@ -138,6 +138,7 @@ def flip_bit(pattern: str, seed: int, of: str) -> None:
 
 def _flip_bit_of(path: Path, choose: random.Random) -> None:
     at = choose.randrange(path.stat().st_size)
+    path.chmod(0o644)  # files of a cache are read-only, which is no hindrance to a disk
     with path.open("r+b") as file:
         file.seek(at)
         altered = file.read(1)[0] ^ (1 << choose.randrange(8))
