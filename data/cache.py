@@ -25,25 +25,11 @@ import xxhash
 from data.claims import Claim, Claims
 from data.download import FULL, MakeRoom
 from data.errors import NoRoom, Unavailable
-from data.locks import listing, make_directory, release, take_lock
+from data.locks import NO_LOCKS, NO_PLACE, listing, make_directory, release, take_lock
 from data.manifest import BLOCK_BYTES, FileEntry
 
 log = logging.getLogger("lockstep")
 
-# Nothing can be written there, as it is.
-_NO_PLACE = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-)
-# File systems without locks between processes.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # What may pass.
 _TROUBLE = (errno.ESTALE, errno.EIO, errno.EMFILE, errno.ENFILE)
 
@@ -280,7 +266,7 @@ class ShardCache:
         except OSError as error:
             if error.errno in FULL:
                 raise NoRoom(f"{self.directory}: {error.strerror}; free some or set data.cache_directory") from error
-            if error.errno in (*_NO_PLACE, *_NO_LOCKS, *_TROUBLE):
+            if error.errno in (*NO_PLACE, *NO_LOCKS, *_TROUBLE):
                 raise _described(error, self.directory) from error
             raise
 
@@ -288,9 +274,9 @@ class ShardCache:
 def _described(error: OSError, directory: Path) -> ValueError:
     """A failure of the cache's place in a line, with what to do about it."""
     where = error.filename or directory
-    if error.errno in _NO_LOCKS:
+    if error.errno in NO_LOCKS:
         return ValueError(f"{where}: cannot be locked ({error.strerror}); set data.cache_directory to a local disk")
-    if error.errno in _NO_PLACE:
+    if error.errno in NO_PLACE:
         return ValueError(f"{where}: {error.strerror}; set data.cache_directory")
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return Unavailable(f"{where}: {error.strerror}; raise the limit of open files (`ulimit -n`)")

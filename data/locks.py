@@ -7,6 +7,20 @@ import stat
 from io import FileIO
 from pathlib import Path
 
+# Nothing can be written there, as it is.
+NO_PLACE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
+# File systems without locks between processes.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # Others may delete a place again and again, but not so often between two calls: then it cannot be made at all.
 _MOST_TRIES = 1000
 

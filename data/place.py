@@ -7,25 +7,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.locks import take_lock
+from data.locks import NO_LOCKS, NO_PLACE, take_lock
 from data.manifest import MANIFEST_NAME
 
 # No room on the disk, over the quota, over the process's limit of file size.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-UNWRITABLE = (
-    *FULL,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.ENOTEMPTY,
-    errno.EBUSY,
-    errno.EXDEV,
-)
+UNWRITABLE = (*FULL, *NO_PLACE, *NO_LOCKS, errno.ENOTEMPTY, errno.EBUSY, errno.EXDEV)
 
 
 def refuse_unfit(directory: Path) -> None:
