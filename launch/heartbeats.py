@@ -10,13 +10,18 @@ import os
 import struct
 import time
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from distrib.phases import Moment, Phase
 
+LastWord = Literal["nothing", "came to its end", "lost contact", "waited in vain"]
+"""What a worker says of its own end, just before it: that it is as it should be, or that it ends because another is gone, or
+because another has not come for as long as the process group waits. One that failed by itself says nothing."""
+
+_LAST_WORDS: tuple[LastWord, ...] = get_args(LastWord)
 _PHASES: tuple[Phase, ...] = get_args(Phase)
 _NUMBERS = {phase: number for number, phase in enumerate(_PHASES)}
-_LENGTH = struct.Struct("=q")
+_NUMBER = struct.Struct("=q")
 _BEAT = struct.Struct("=qqqqq")
 _SECONDS = struct.Struct("=d")
 # Where training itself saves, rank 0 has more to do.
@@ -25,7 +30,8 @@ _OF_ONE_RANK = {_NUMBERS["save.write"], _NUMBERS["save.manifest"], _NUMBERS["sav
 _HEADER_BYTES = 8192
 _RANK_BYTES = 512
 _LONGEST_AT = 2 * _BEAT.size
-assert _LONGEST_AT + len(_PHASES) * _SECONDS.size <= _RANK_BYTES
+_LAST_WORD_AT = _LONGEST_AT + len(_PHASES) * _SECONDS.size
+assert _LAST_WORD_AT + _NUMBER.size <= _RANK_BYTES
 # How long a phase took lately: the longest of so many times, and of as many before them.
 _RECENT = 64
 
@@ -65,11 +71,15 @@ class Board:
         places = (_HEADER_BYTES + rank * _RANK_BYTES + offset for rank in range(self._workers))
         return max(_SECONDS.unpack_from(self._memory, place)[0] for place in places) or None
 
+    def last_word(self, rank: int) -> LastWord:
+        (number,) = _NUMBER.unpack_from(self._memory, _last_word_at(rank))
+        return _LAST_WORDS[number]
+
     @property
     def run_directory(self) -> Path | None:
         """None until rank 0 has one."""
-        (length,) = _LENGTH.unpack_from(self._memory, 0)
-        written = self._memory[_LENGTH.size : _LENGTH.size + length]
+        (length,) = _NUMBER.unpack_from(self._memory, 0)
+        written = self._memory[_NUMBER.size : _NUMBER.size + length]
         return Path(os.fsdecode(written)) if length else None
 
     def close(self) -> None:
@@ -85,12 +95,16 @@ class Heartbeat:
         self._threads = {saving: _Thread(_at(rank, saving)) for saving in (False, True)}
         self._longest_at = _HEADER_BYTES + rank * _RANK_BYTES + _LONGEST_AT
         self._recent = [_Recent() for _ in _PHASES]
+        self._last_word_at = _last_word_at(rank)
 
     def name_run(self, directory: Path) -> None:
         """Where the supervisor finds the run; for rank 0."""
         name = os.fsencode(directory)
-        self._memory[_LENGTH.size : _LENGTH.size + len(name)] = name
-        _LENGTH.pack_into(self._memory, 0, len(name))
+        self._memory[_NUMBER.size : _NUMBER.size + len(name)] = name
+        _NUMBER.pack_into(self._memory, 0, len(name))
+
+    def say_last(self, word: LastWord) -> None:
+        _NUMBER.pack_into(self._memory, self._last_word_at, _LAST_WORDS.index(word))
 
     def __call__(self, moment: Moment) -> None:
         now = time.monotonic()
@@ -135,3 +149,7 @@ class _Recent:
 
 def _at(rank: int, saving: bool) -> int:
     return _HEADER_BYTES + rank * _RANK_BYTES + saving * _BEAT.size
+
+
+def _last_word_at(rank: int) -> int:
+    return _HEADER_BYTES + rank * _RANK_BYTES + _LAST_WORD_AT

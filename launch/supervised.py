@@ -34,6 +34,10 @@ class Supervised:
         """Tells the supervisor where the run is kept; for rank 0."""
         self._heartbeat.name_run(directory)
 
+    def say_done(self) -> None:
+        """Tells the supervisor that this worker has come to its end as it should: an exit code alone could be anybody's."""
+        self._heartbeat.say_last("came to its end")
+
 
 def supervised_by() -> Supervised | None:
     """Begins what is owed; once, as early as can be. The variable is not inherited by this process's own children."""

@@ -230,7 +230,8 @@ def _find_death(end: AttemptEnd, written: dict[str, Any] | None) -> tuple[Death,
     told = [worker for worker in end.failed if written is not None and written["pid"] == worker.process.pid]
     aborted = [worker for worker in by_signal if worker.process.returncode == -signal.SIGABRT]
     killed = [worker for worker in by_signal if worker not in aborted]
-    if told and not killed:
+    left = [worker for worker in end.failed if worker.left_early]
+    if told and not killed and not left:
         assert written is not None
         rank = written["rank"]
         name = written["exception"]["type"]
@@ -238,14 +239,19 @@ def _find_death(end: AttemptEnd, written: dict[str, Any] | None) -> tuple[Death,
             rank, written["phase"], written["step"], written["cause"], name, f"rank {rank} failed: {written['reason']}"
         )
         return death, told[0]
-    worker = [*killed, *aborted, *end.failed][0]
+    worker = [*killed, *left, *aborted, *end.failed][0]
     rank, code, beat = worker.rank, worker.process.returncode, end.beats[worker.rank]
     place = f"in {beat.phase} at step {beat.step}"
     if code < 0:
-        name = signal.Signals(-code).name
+        name = _signal_name(-code)
         return Death(rank, beat.phase, beat.step, "signal", name, f"rank {rank} was killed by {name} {place}"), worker
-    reason = f"rank {rank} ended with exit code {code} {place}"
+    reason = f"rank {rank} ended with exit code {code} {place}" + (", before the run's end" if left else "")
     return Death(rank, beat.phase, beat.step, "exit", str(code), reason), worker
+
+
+def _signal_name(number: int) -> str:
+    """Signals between SIGRTMIN and SIGRTMAX have no names of their own."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def _run_exit_code(codes: Sequence[int]) -> int:

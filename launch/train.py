@@ -89,6 +89,8 @@ def run_worker(config: RunConfig, resume: Resume, launch: Launch, *, allow_chang
     if world.rank == 0 and ending.exit_code:
         print(f"lockstep: {ending.reason}", file=sys.stderr, flush=True)
     leave_world(world)
+    if supervised is not None:
+        supervised.say_done()
     return ending.exit_code
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from distrib.launchers import LISTENING, STARTED_BY_LOCKSTEP
 from launch.clock import LAUNCHED
-from launch.exit_codes import DONE, STOPPED_EARLY
+from launch.exit_codes import DONE, FAILED, STOPPED_EARLY
 from launch.hangs import Hang, HangWatch, Limits, find_cause
-from launch.heartbeats import Beat, Board
+from launch.heartbeats import Beat, Board, LastWord
 from launch.stop_signals import StopSignals
 from launch.stopping import STOP_SIGNALS
 from launch.supervised import STACKS_SIGNAL, SUPERVISOR
@@ -40,11 +40,18 @@ class Worker:
     stacks: int
     """File descriptor of the memory that it writes its stacks to."""
     killed_by_us: bool = False
+    last_word: LastWord = "nothing"
+    """What it said of its own end, once it has ended."""
 
     @property
     def code(self) -> int | None:
         """Its exit code, or minus the signal; None while it runs."""
         return self.process.poll()
+
+    @property
+    def left_early(self) -> bool:
+        """Whether it ended with the exit code of one that is done, and had not come to its end."""
+        return self.code in (DONE, STOPPED_EARLY) and self.last_word != "came to its end"
 
 
 @dataclass
@@ -67,7 +74,8 @@ class AttemptEnd:
 
     @property
     def codes(self) -> list[int]:
-        return [worker.process.returncode for worker in self.workers]
+        """A worker that left early has failed."""
+        return [FAILED if worker.left_early else worker.process.returncode for worker in self.workers]
 
 
 @dataclass(frozen=True)
@@ -191,7 +199,9 @@ class WorkerGroup:
                 worker.process.send_signal(signal.SIGTERM)
 
     def _note_end(self, worker: Worker) -> None:
-        if worker not in self._failed and not worker.killed_by_us and worker.code not in (DONE, STOPPED_EARLY):
+        worker.last_word = self._board.last_word(worker.rank)
+        ended_well = worker.code in (DONE, STOPPED_EARLY) and not worker.left_early
+        if worker not in self._failed and not worker.killed_by_us and not ended_well:
             self._failed.append(worker)
 
     def _beats(self, hang: Hang | None = None) -> list[Beat]:

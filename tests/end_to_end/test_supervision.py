@@ -56,6 +56,25 @@ if os.environ.get("RANK") == "1" and os.environ["LOCKSTEP_SUPERVISOR"].endswith(
     Stream._make_chunk = blocks
 """
 
+# It does something to itself at a moment, once the supervisor has heard of that.
+AT_A_MOMENT = """
+import os
+
+if os.environ.get("RANK", "") in {ranks} and int(os.environ["LOCKSTEP_SUPERVISOR"].split()[-1]) < {attempts}:
+    import resource, signal, time
+    from distrib import phases
+
+    def happen(moment):
+        {do}
+
+    def hear(moment, heard=[]):
+        if moment[:2] == ({phase!r}, {step}) and not heard:
+            heard.append(True)
+            phases.observe(happen)  # the last to hear of this moment
+
+    phases.observe(hear)
+"""
+
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
@@ -133,16 +152,28 @@ def test_a_stopped_rank_is_named_and_replaced(
     assert "most recent call first" in (run / died["stacks"][0]).read_text()
 
 
+def with_site(code: str, tmp_path: Path) -> Mapping[str, str]:
+    """An environment in which every process runs `code` at its start."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(code)
+    return clean_environment(PYTHONPATH=os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])]))
+
+
+def at_a_moment(
+    phase: str, step: int, do: str, tmp_path: Path, *, ranks: str = "1", attempts: int = 1
+) -> Mapping[str, str]:
+    """Ranks do `do` in that phase of the first `attempts` attempts."""
+    code = AT_A_MOMENT.format(phase=phase, step=step, do=do, ranks=set(ranks), attempts=attempts)
+    return with_site(code, tmp_path)
+
+
 @pytest.mark.long
 def test_a_source_that_blocks_is_the_cause_and_not_the_rank_that_waits_for_it(
     recipe: Path, straight_run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(BLOCKED_SOURCE)
-    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     arguments = ["train", recipe, "run.directory=run", f"run.steps={STEPS}", QUICK, *RESTARTED]
-    lockstep(*arguments, cwd=tmp_path, env=clean_environment(PYTHONPATH=path)).succeeded()
+    lockstep(*arguments, cwd=tmp_path, env=with_site(BLOCKED_SOURCE, tmp_path)).succeeded()
     run = tmp_path / "run"
     assert_same_run(run, straight_run(2, STEPS))
     died = read_json(run / "post-mortem.json")
@@ -150,6 +181,42 @@ def test_a_source_that_blocks_is_the_cause_and_not_the_rank_that_waits_for_it(
     assert [rank["phase"] for rank in died["ranks"]] == ["data", "data"]
     assert "sitecustomize.py" in (run / "logs" / "stacks-rank-1.txt").read_text()
     assert "sum_in_prefetch_thread" in (run / "logs" / "stacks-rank-0.txt").read_text()
+
+
+@pytest.mark.parametrize("ranks", ["1", pytest.param("01", marks=pytest.mark.long)])
+def test_a_rank_that_leaves_before_the_end_has_failed_whatever_its_exit_code(
+    ranks: str, recipe: Path, straight_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A library that calls exit(), or a script that does: nobody says that the run is done."""
+    env = at_a_moment("forward", 20, "os._exit(0)", tmp_path, ranks=ranks)
+    arguments = ["train", recipe, "run.directory=run", *RESTARTED]
+    ended = lockstep(*arguments, cwd=tmp_path, env=env).succeeded()
+    run = tmp_path / "run"
+    assert_same_run(run, straight_run(2))
+    died = read_json(run / "post-mortem.json")
+    assert (died["cause"], died["exit_code"], died["phase"], died["step"]) == ("exit", 0, "forward", 20)
+    assert str(died["rank"]) in ranks
+    reason = f"rank {died['rank']} ended with exit code 0 in forward at step 20, before the run's end"
+    assert ended.told[0] == f"lockstep: {reason}; starting again (1 of 3)"
+    assert len(attempts(run)) == 2
+
+
+@pytest.mark.long
+def test_leaving_again_and_again_at_one_step_ends_the_run_with_78(recipe: Path, tmp_path: Path) -> None:
+    env = at_a_moment("forward", 20, "os._exit(75)", tmp_path, ranks="01", attempts=9)
+    ended = lockstep("train", recipe, "run.directory=run", *RESTARTED, cwd=tmp_path, env=env)
+    assert ended.code == 78, ended.err
+    outcome = read_json(tmp_path / "run" / "outcome.json")
+    assert (outcome["exit_code"], outcome["step"]) == (78, 20)
+    assert "ended with exit code 75 in forward at step 20, before the run's end" in outcome["reason"]
+
+
+@pytest.mark.long
+def test_a_signal_without_a_name_is_told_by_its_number(recipe: Path, tmp_path: Path) -> None:
+    env = at_a_moment("forward", 20, "os.kill(os.getpid(), 40)", tmp_path)
+    ended = lockstep("train", recipe, "run.directory=run", *RESTARTED, cwd=tmp_path, env=env).succeeded()
+    assert "lockstep: rank 1 was killed by signal 40 in forward at step 20; starting again (1 of 3)" in ended.told
+    assert read_json(tmp_path / "run" / "post-mortem.json")["signal"] == "signal 40"
 
 
 @pytest.fixture

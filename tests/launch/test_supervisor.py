@@ -150,6 +150,9 @@ def test_a_board_tells_what_the_workers_say(tmp_path: Path) -> None:
     assert board.beat(1) == ("start", 0, 0, 0)
     assert board.longest_seconds("forward") is not None
     assert board.longest_seconds("backward") is None
+    assert [board.last_word(rank) for rank in range(3)] == ["nothing"] * 3
+    heart.say_last("came to its end")
+    assert [board.last_word(rank) for rank in range(3)] == ["nothing", "nothing", "came to its end"]
     board.close()
 
 
