@@ -102,9 +102,9 @@ def join_world(launch: Launch, device_kind: str = "auto", parallel: ParallelConf
         dist.init_process_group(
             _backend(device), store=store, rank=launch.rank, world_size=launch.size, timeout=timeout
         )
+        return world_of_group(launch.local_rank, device, timeout, shards)
     except dist.DistError as error:
         raise ConnectionError(explain(launch, error)) from None
-    return world_of_group(launch.local_rank, device, timeout, shards)
 
 
 def world_of_group(local_rank: int, device: torch.device, timeout: timedelta, shards: int = 1) -> World:

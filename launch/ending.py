@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bdb
-import json
 import os
 import sys
 import time
@@ -17,10 +16,17 @@ from distrib.finite_watch import NonFinite
 from distrib.phases import now
 from launch.exit_codes import DO_NOT_RESTART, DONE, FAILED, STOPPED_EARLY, USAGE, RunEnded
 from launch.post_mortem import describe_exception, read_post_mortem, write_post_mortem
-from launch.run_directory import OUTCOME_FILE, RunDirectory
+from launch.run_directory import OUTCOME_FILE, RunDirectory, read_outcome
 
 # What gloo and NCCL say when another worker is gone; the cause is in that worker's own words.
-_PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+_PEER_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "Application timeout caused pair closure",
+)
+_WAITED = ("timed out", "timeout")
 # What torch says when the host, rather than an accelerator, has no memory left: it has no type of its own.
 _HOST_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 _GRACE_SECONDS = 1.0
@@ -34,6 +40,8 @@ class Ending:
     reason: str
     peer_lost: bool = False
     """Another worker ended first: what it says comes before what this one says."""
+    waited: bool = False
+    """Whether contact was lost because another did not come within the process group's time, and not because it is gone."""
     told_by_all: bool = False
     """Every rank ends with this same reason: one of them tells it."""
     expected: bool = True
@@ -57,8 +65,9 @@ def ending_of_failure(error: BaseException) -> Ending:
     if isinstance(error, KeyboardInterrupt):
         return Ending(FAILED, "interrupted at once; what was saved last is intact")
     lost = isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError)
-    if lost or (isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER_LOST)):
-        return Ending(FAILED, "lost contact with another worker; its own log says why", peer_lost=True)
+    if lost or (isinstance(error, RuntimeError) and any(lost_text in text for lost_text in _PEER_LOST)):
+        waited = any(word in text.lower() for word in _WAITED)
+        return Ending(FAILED, "lost contact with another worker; its own log says why", peer_lost=True, waited=waited)
     return Ending(FAILED, f"{type(error).__name__}: {error}".split("\n")[0], expected=False)
 
 
@@ -88,12 +97,19 @@ def leave_post_mortem(run: RunDirectory, ending: Ending, error: BaseException, *
         rank=rank,
         phase=moment.phase,
         step=moment.step,
-        cause="unavailable" if ending.expected else "exception",
+        cause=_cause_of(error, ending),
         reason=ending.reason,
         exit_code=ending.exit_code,
         pid=os.getpid(),
         exception=describe_exception(error),
     )
+
+
+def _cause_of(error: BaseException, ending: Ending) -> str:
+    """What depends on others may last; what a run has found about itself may not come again and again."""
+    if isinstance(error, Unavailable) or ending.peer_lost:
+        return "unavailable"
+    return "ended" if ending.expected else "exception"
 
 
 def _has_the_word(ending: Ending, rank: int, supervised: bool) -> bool:
@@ -120,6 +136,7 @@ def write_outcome(
         "reason": ending.reason,
         "step": step,
         "attempt": run.attempt,
+        "pid": os.getpid(),
         "seconds": round(seconds, 3),
     }
     try:
@@ -134,5 +151,5 @@ def write_outcome(
 
 
 def _already_told(run: RunDirectory) -> bool:
-    path = run.path / OUTCOME_FILE
-    return path.exists() and json.loads(path.read_text())["attempt"] == run.attempt
+    outcome = read_outcome(run.path)
+    return outcome is not None and outcome["attempt"] == run.attempt

@@ -6,6 +6,7 @@ to judge is the one that has come least far; among equals it is the one that doe
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ class Hang(NamedTuple):
 class HangWatch:
     """Looks at the board from time to time, and remembers since when each thread has not moved."""
 
-    def __init__(self, board: Board, limits: Limits) -> None:
+    def __init__(self, board: Board, limits: Limits | None) -> None:
+        """limits: None where nobody is ever taken for hung."""
         self._board, self._limits = board, limits
         self._seen: dict[tuple[int, bool], tuple[int, float]] = {}
 
@@ -93,6 +95,10 @@ class HangWatch:
             return Hang(tuple(at_work), saves[late[0]].phase, True, max(still_saving[rank] for rank in late))
         return None
 
+    def still_seconds(self, rank: int) -> float:
+        """How long a rank's training thread has not moved."""
+        return self._seen.get((rank, False), (0, 0.0))[1]
+
     def _still(self, rank: int, beat: Beat, passed: float, *, saving: bool) -> float:
         entries, seconds = self._seen.get((rank, saving), (beat.entries, 0.0))
         seconds = seconds + passed if entries == beat.entries else 0.0
@@ -100,6 +106,8 @@ class HangWatch:
         return seconds
 
     def _limit(self, beat: Beat) -> float:
+        if self._limits is None:
+            return math.inf
         return self._limits.seconds(beat.phase, self._board.longest_seconds(beat.phase))
 
 
@@ -115,6 +123,29 @@ def find_cause(hang: Hang, stopped: Sequence[int], stacks: Mapping[int, str]) ->
     if at_work or len(hang.ranks) == 1:
         return (at_work or hang.ranks)[0], "it does not move"
     return hang.ranks[0], "the ranks wait for each other"
+
+
+def find_missed(
+    beats: Sequence[Beat],
+    waited: Sequence[int],
+    left: Sequence[int],
+    stopped: Sequence[int],
+    stacks: Mapping[int, str],
+) -> tuple[int, str] | None:
+    """Of the ranks that are `left`, the one for which the ranks that have `waited` in vain did so, and what is known of it.
+    None where nobody stands out: what ended the others may then be over, or lie between the machines."""
+    if stopped:
+        return stopped[0], "its process is stopped"
+    if silent := [rank for rank in left if rank not in stacks]:
+        return silent[0], "its process does not answer"
+    furthest = max(beats[rank].common for rank in waited)
+    missed = [
+        rank
+        for rank in left
+        if beats[rank].common <= furthest
+        and not waits_for_others(stacks[rank], main_thread=beats[rank].phase != "data")
+    ]
+    return (min(missed, key=lambda rank: beats[rank].common), "it does not move") if missed else None
 
 
 def waits_for_others(stacks: str, *, main_thread: bool) -> bool:

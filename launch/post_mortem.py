@@ -65,12 +65,32 @@ def write_post_mortem(
 
 
 def read_post_mortem(run: Path) -> dict[str, Any] | None:
-    """The last death and those before it; None where the run has had none."""
+    """The last death and those before it; None where the run has had none. A damaged file is put aside, which is told: what
+    it said of earlier deaths must not hide this one."""
+    path = run / POST_MORTEM_FILE
     try:
-        record: dict[str, Any] = json.loads((run / POST_MORTEM_FILE).read_text())
+        record = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    return record
+    except (ValueError, RecursionError):
+        record = None
+    if isinstance(record, dict) and isinstance(record.get("earlier"), list) and record.keys() >= {"attempt", "pid"}:
+        return record
+    _put_aside(path)
+    return None
+
+
+def _put_aside(path: Path) -> None:
+    aside = path.with_name(f"{path.name}.corrupt")
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return  # another worker was quicker
+    except OSError as error:
+        told = f"cannot be put aside ({error.strerror})"
+    else:
+        told = f"kept as {aside.name}"
+    print(f"lockstep: warning: {path}: not what a run writes; {told}", file=sys.stderr, flush=True)
 
 
 def describe_exception(error: BaseException) -> dict[str, Any]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.errors import CorruptData
 from distrib.manifest import write_durably
 from launch.exit_codes import USAGE
-from launch.run_directory import OUTCOME_FILE
+from launch.run_directory import OUTCOME_FILE, read_identity
 
 
 def leave_refusal(directory: Path | None, reason: str) -> None:
@@ -29,6 +31,7 @@ def leave_refusal(directory: Path | None, reason: str) -> None:
                     "step": 0,
                     "attempt": _attempts(directory),
                     "seconds": 0.0,
+                    "pid": os.getpid(),
                 }
                 write_durably(outcome, json.dumps(told, indent=2).encode() + b"\n")
     except BlockingIOError:
@@ -44,5 +47,7 @@ def directory_in(overrides: Sequence[str]) -> Path | None:
 
 
 def _attempts(directory: Path) -> int:
-    path = directory / "run.json"
-    return len(json.loads(path.read_text())["attempts"]) if path.exists() else 0
+    try:
+        return len(read_identity(directory)["attempts"])
+    except (FileNotFoundError, CorruptData):
+        return 0

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 _LONGEST_BACKOFF_SECONDS = 60.0
-# A replay is exact, so a mistake in the code that comes again at the same step will always come. A kill or a hang may hit
-# the same step twice by chance; three times is no chance. What depends on others (a store that cannot be reached) may last.
-_REPEATS: dict[str, int | None] = {"exception": 2, "signal": 3, "hang": 3, "exit": 3, "unavailable": None}
+# A replay is exact, so a mistake in the code that comes again at the same step will always come. A kill, a hang or replicas
+# that differ may hit the same step twice by chance; three times is no chance. What depends on others (a store that cannot be
+# reached) may last.
+_REPEATS: dict[str, int | None] = {"exception": 2, "ended": 3, "signal": 3, "hang": 3, "exit": 3, "unavailable": None}
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Death:
     rank: int
     phase: str
     step: int
-    cause: Literal["exception", "signal", "hang", "exit", "unavailable"]
+    cause: Literal["exception", "ended", "signal", "hang", "exit", "unavailable"]
+    """ended: by what the run found about itself, such as replicas that differ; unavailable: by what others did not give."""
     name: str
     """The exception's type, the signal, how it hung, or the exit code: a death of the same name is the same again."""
     reason: str

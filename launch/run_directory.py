@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+from data.errors import CorruptData
 from distrib.manifest import MANIFEST_NAME, TEMPORARY_PREFIX, published_checkpoints, write_durably
 from launch.config import RunConfig
 
@@ -116,15 +117,41 @@ def _holds_other_run(directory: Path, checkpoint: Path) -> bool:
     saved nothing."""
     if not (directory / "run.json").exists() or directory.resolve() == checkpoint.parent.parent.resolve():
         return False
-    attempts = json.loads((directory / "run.json").read_text())["attempts"]
+    attempts = read_identity(directory)["attempts"]
     origins = {attempt.get("resumed_from") for attempt in attempts}
     return {Path(origin).resolve() for origin in origins if origin} != {checkpoint.resolve()} or ever_checkpointed(
         directory
     )
 
 
+def read_identity(directory: Path) -> dict[str, Any]:
+    """What run.json says. CorruptData where it does not hold what a run writes."""
+    path = directory / "run.json"
+    try:
+        identity = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        identity = None
+    attempts = identity.get("attempts") if isinstance(identity, dict) else None
+    if not isinstance(attempts, list) or not all(isinstance(attempt, dict) for attempt in attempts):
+        raise CorruptData(
+            f"{path}: not what a run writes; restore the file, or begin a new run from a checkpoint of it"
+        )
+    assert isinstance(identity, dict)
+    return identity
+
+
+def read_outcome(directory: Path) -> dict[str, Any] | None:
+    """What outcome.json says; None where it says nothing of an attempt."""
+    try:
+        outcome = json.loads((directory / OUTCOME_FILE).read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return outcome if isinstance(outcome, dict) and outcome.keys() >= {"exit_code", "attempt", "pid"} else None
+
+
 def claim(config: RunConfig, resume: Resume, *, restarted: bool = False) -> RunDirectory:
-    """Takes a run directory for this process. Raises ValueError where it cannot be written or another process has it.
+    """Takes a run directory for this process. Raises ValueError where it cannot be written or another process has it, and
+    CorruptData where its run.json is not what a run writes.
 
     restarted: a supervisor goes on with a run of its own, so that a request to stop it is meant for this attempt too.
     """
@@ -143,9 +170,12 @@ def claim(config: RunConfig, resume: Resume, *, restarted: bool = False) -> RunD
     except BlockingIOError:
         lock.close()
         raise ValueError(f"run directory {path}: another process is training in it; wait for it or stop it") from None
-    known = path / "run.json"
-    if known.exists():
-        identity = json.loads(known.read_text())
+    if (path / "run.json").exists():
+        try:
+            identity = read_identity(path)
+        except CorruptData:
+            lock.close()
+            raise
     else:
         run_id = secrets.token_hex(8)
         identity = {
@@ -190,7 +220,7 @@ def put_end_on_record(path: Path, attempt: int, ended: float) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return  # somebody else goes on with the run already, and that attempt's beginning is as good
-        identity = json.loads((path / "run.json").read_text())
+        identity = read_identity(path)
         identity["attempts"][attempt - 1]["time"]["ended"] = round(ended, 6)
         try:
             write_durably(path / "run.json", json.dumps(identity, indent=2).encode() + b"\n")

@@ -9,6 +9,7 @@ import ctypes
 import faulthandler
 import os
 import signal
+import traceback
 from pathlib import Path
 
 from distrib.phases import observe
@@ -25,8 +26,8 @@ _PR_SET_PDEATHSIG = 1
 class Supervised:
     """The bond of this process with its supervisor."""
 
-    def __init__(self, heartbeat: Heartbeat, restarts: int) -> None:
-        self._heartbeat = heartbeat
+    def __init__(self, heartbeat: Heartbeat, stacks: int, restarts: int) -> None:
+        self._heartbeat, self._stacks = heartbeat, stacks
         self.restarts = restarts
         """How many attempts the same supervisor has made before."""
 
@@ -37,6 +38,14 @@ class Supervised:
     def say_done(self) -> None:
         """Tells the supervisor that this worker has come to its end as it should: an exit code alone could be anybody's."""
         self._heartbeat.say_last("came to its end")
+
+    def say_lost(self, error: BaseException, *, waited: bool) -> None:
+        """Tells the supervisor that this worker ends because another is gone or, `waited`, because it did not come; and where
+        that was, as faulthandler would."""
+        calls = reversed(traceback.extract_tb(error.__traceback__))
+        lines = [f'  File "{call.filename}", line {call.lineno} in {call.name}\n' for call in calls]
+        os.write(self._stacks, "".join(["Lost contact here (most recent call first):\n", *lines]).encode())
+        self._heartbeat.say_last("waited in vain" if waited else "lost contact")
 
 
 def supervised_by() -> Supervised | None:
@@ -50,7 +59,7 @@ def supervised_by() -> Supervised | None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [STACKS_SIGNAL])  # blocked by the supervisor until somebody answers
     heartbeat = Heartbeat(board, int(os.environ["RANK"]))
     observe(heartbeat)
-    return Supervised(heartbeat, restarts)
+    return Supervised(heartbeat, stacks, restarts)
 
 
 def _end_with(supervisor: int) -> None:

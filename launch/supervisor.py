@@ -14,19 +14,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.errors import CorruptData
 from distrib.manifest import published_checkpoints, write_durably
 from launch.clock import process_began
 from launch.config import RunConfig
 from launch.exit_codes import DO_NOT_RESTART, DONE, FAILED, STOPPED_EARLY, USAGE
 from launch.hangs import Limits
-from launch.post_mortem import POST_MORTEM_FILE, read_post_mortem, write_post_mortem
+from launch.post_mortem import read_post_mortem, write_post_mortem
 from launch.restarts import Again, Death, GiveUp, Restarts
-from launch.run_directory import OUTCOME_FILE, STOP_FILE, Resume, put_end_on_record
+from launch.run_directory import (
+    OUTCOME_FILE,
+    STOP_FILE,
+    Resume,
+    put_end_on_record,
+    read_identity,
+    read_outcome,
+)
 from launch.stop_signals import StopSignals
 from launch.worker_group import AttemptEnd, Worker, WorkerGroup
 
 _DEFAULT_CPU_WORKERS = 2
 _STOP_FILE_SECONDS = 0.5
+
+_Record = dict[str, Any]
+_Records = tuple[_Record | None, _Record | None]
+"""What post-mortem.json and outcome.json say."""
 
 
 def count_gpus() -> int:
@@ -58,17 +70,26 @@ class _Supervision:
         self._arguments, self._workers, self._config, self._resume = list(arguments), workers, config, resume
         self._signals = signals
         self._limits = Limits.of_run(config)
-        self._begun = time.time()
+        self._begun = time.monotonic()
+        self._attempts_known = 0
         self._directory = resume.directory
         self._found = self._checkpoints()
         newest = max(self._found, default=None) if resume.from_newest else None
         self._restarts = Restarts(config.run.max_restarts, config.run.restart_backoff_seconds, newest)
 
     def run(self) -> int:
+        self._attempts()  # a damaged run.json is refused before anybody is started
+        try:
+            return self._run()
+        except CorruptData as error:
+            self._write_outcome(DO_NOT_RESTART, str(error), self._newest_checkpoint() or 0)
+            raise
+
+    def _run(self) -> int:
         number, launched = 0, process_began()
         while True:
-            attempt_begun = time.time()
             attempts_before = self._attempts()
+            known = self._records()
             group = WorkerGroup(self._command(), self._workers, self._limits, number, launched)
             try:
                 end = group.wait(self._signals)
@@ -83,18 +104,19 @@ class _Supervision:
             if code in (DONE, STOPPED_EARLY):
                 return code
             if self._signals.interrupts > 1:
-                return FAILED
+                return self._interrupted(end)
             if code == USAGE:
                 return USAGE
-            death = self._establish(end, attempt, attempt_begun, number)
+            post_mortem, outcome = _new_records(self._records(), known, end)
+            death = self._establish(end, attempt, post_mortem, number)
             if code == DO_NOT_RESTART:
                 return DO_NOT_RESTART
             if self._signals.asked:
-                self._tell_unless_told(death, attempt_begun)
+                self._tell_unless_told(death, outcome)
                 return FAILED
             verdict = self._restarts.after(death, self._newest_checkpoint())
             if isinstance(verdict, GiveUp):
-                return self._give_up(death, verdict, attempt_begun)
+                return self._give_up(death, verdict, outcome)
             if self._stopped_before(death, verdict):
                 return STOPPED_EARLY
             number, launched = number + 1, time.monotonic_ns()
@@ -132,14 +154,18 @@ class _Supervision:
         """How many attempts the run's identity lists."""
         if self._directory is None or not (self._directory / "run.json").exists():
             return 0
-        return len(json.loads((self._directory / "run.json").read_text())["attempts"])
+        self._attempts_known = len(read_identity(self._directory)["attempts"])
+        return self._attempts_known
 
-    def _establish(self, end: AttemptEnd, attempt: int | None, since: float, restarts: int) -> Death:
+    def _records(self) -> _Records:
+        if self._directory is None:
+            return None, None
+        return read_post_mortem(self._directory), read_outcome(self._directory)
+
+    def _establish(self, end: AttemptEnd, attempt: int | None, written: _Record | None, restarts: int) -> Death:
         """Of what an attempt died; put on record where no worker did so."""
-        written = self._written_by_worker(end, since)
         death, worker = _find_death(end, written)
-        known = written is not None and written["rank"] == death.rank and death.cause in ("exception", "unavailable")
-        if self._directory is None or known:
+        if self._directory is None or death.cause in ("exception", "ended", "unavailable"):
             return death
         for rank, text in end.stacks.items():
             _write(self._directory / "logs" / f"stacks-rank-{rank}.txt", text.encode())
@@ -160,20 +186,21 @@ class _Supervision:
         )
         return death
 
-    def _written_by_worker(self, end: AttemptEnd, since: float) -> dict[str, Any] | None:
-        if self._directory is None or not _written_since(self._directory / POST_MORTEM_FILE, since):
-            return None
-        return read_post_mortem(self._directory)
+    def _interrupted(self, end: AttemptEnd) -> int:
+        reason = "interrupted twice: ended at once; what was saved last is intact"
+        _say(reason)
+        self._write_outcome(FAILED, reason, max(beat.step for beat in end.beats))
+        return FAILED
 
-    def _tell_unless_told(self, death: Death, since: float) -> None:
+    def _tell_unless_told(self, death: Death, outcome: _Record | None) -> None:
         """What ended the run, where no worker could say it: those that were left knew only that another was gone."""
         if death.cause in ("signal", "hang") or (death.cause == "exit" and death.name != str(FAILED)):
             _say(death.reason)
             self._write_outcome(FAILED, death.reason, death.step)
-        elif self._directory is not None and not _written_since(self._directory / OUTCOME_FILE, since):
+        elif outcome is None or outcome["exit_code"] in (DONE, STOPPED_EARLY):
             self._write_outcome(FAILED, death.reason, death.step)
 
-    def _give_up(self, death: Death, verdict: GiveUp, since: float) -> int:
+    def _give_up(self, death: Death, verdict: GiveUp, outcome: _Record | None) -> int:
         if verdict.repeated is not None:
             reason = (
                 f"died {verdict.repeated} times in the same way at step {death.step} and would again: {death.reason}"
@@ -181,7 +208,7 @@ class _Supervision:
             _say(f"error: {reason}")
             self._write_outcome(DO_NOT_RESTART, reason, death.step)
             return DO_NOT_RESTART
-        self._tell_unless_told(death, since)
+        self._tell_unless_told(death, outcome)
         if self._restarts.allowed:
             _say(f"error: restarted {self._restarts.allowed} times without a later checkpoint; giving up")
         return FAILED
@@ -212,33 +239,44 @@ class _Supervision:
             "exit_code": exit_code,
             "reason": reason,
             "step": step,
-            "attempt": self._attempts(),
-            "seconds": round(time.time() - self._begun, 3),
+            "attempt": self._attempts_known,
+            "pid": os.getpid(),
+            "seconds": round(time.monotonic() - self._begun, 3),
         }
         _write(self._directory / OUTCOME_FILE, json.dumps(outcome, indent=2).encode() + b"\n")
 
 
-def _find_death(end: AttemptEnd, written: dict[str, Any] | None) -> tuple[Death, Worker]:
+def _new_records(records: _Records, known: _Records, end: AttemptEnd) -> _Records:
+    """What the workers of an attempt have put on record themselves, by what it says: clocks jump. `known`: what was there
+    before them."""
+    pids = {worker.process.pid for worker in end.workers}
+    post_mortem, outcome = (
+        record if record is not None and record != before and record["pid"] in pids else None
+        for record, before in zip(records, known, strict=True)
+    )
+    return post_mortem, outcome
+
+
+def _find_death(end: AttemptEnd, written: _Record | None) -> tuple[Death, Worker]:
     """Which rank is the cause, and of what it died. A kill comes from outside; a rank that aborts may only have met the end
     of another, which then has told an exception."""
-    if end.hung is not None:
+    told = next((worker for worker in end.workers if written and written["pid"] == worker.process.pid), None)
+    if end.hung is not None and told is None:
         rank, why = end.hung
         beat = end.beats[rank]
         reason = f"rank {rank} hung in {beat.phase} at step {beat.step} for {end.hung_seconds:.0f} s: {why}"
         return Death(rank, beat.phase, beat.step, "hang", beat.phase, reason), end.workers[rank]
     by_signal = [worker for worker in end.failed if worker.process.returncode < 0]
-    told = [worker for worker in end.failed if written is not None and written["pid"] == worker.process.pid]
     aborted = [worker for worker in by_signal if worker.process.returncode == -signal.SIGABRT]
     killed = [worker for worker in by_signal if worker not in aborted]
     left = [worker for worker in end.failed if worker.left_early]
-    if told and not killed and not left:
-        assert written is not None
+    if told is not None and written is not None and not killed and not left:
         rank = written["rank"]
         name = written["exception"]["type"]
         death = Death(
             rank, written["phase"], written["step"], written["cause"], name, f"rank {rank} failed: {written['reason']}"
         )
-        return death, told[0]
+        return death, told
     worker = [*killed, *left, *aborted, *end.failed][0]
     rank, code, beat = worker.rank, worker.process.returncode, end.beats[worker.rank]
     place = f"in {beat.phase} at step {beat.step}"
@@ -262,10 +300,6 @@ def _run_exit_code(codes: Sequence[int]) -> int:
     if all(code in (DONE, STOPPED_EARLY) for code in codes):
         return max(codes)
     return FAILED
-
-
-def _written_since(path: Path, since: float) -> bool:
-    return path.exists() and path.stat().st_mtime >= since
 
 
 def _say(text: str) -> None:

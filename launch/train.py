@@ -6,14 +6,16 @@ import argparse
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
 
+from data.errors import CorruptData
 from distrib.launchers import Launch, read_launch, refuse_meeting_alone
 from distrib.phases import SAVING_THREAD
 from launch.arguments import add_training_arguments, parse_with_overrides
 from launch.config import RunConfig
-from launch.exit_codes import FAILED, USAGE
+from launch.exit_codes import DO_NOT_RESTART, FAILED, USAGE
 from launch.recipe import load_recipe
 from launch.refusal import directory_in, leave_refusal
 from launch.run_directory import Resume, decide_resume
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if launch is None or launch.rank == 0:
             print(f"lockstep: error: {error}", file=sys.stderr)
         leave_refusal(directory, str(error))
-        return USAGE
+        return DO_NOT_RESTART if isinstance(error, CorruptData) else USAGE
     return run_worker(config, resume, launch, allow_change=arguments.allow_change)
 
 
@@ -58,6 +60,7 @@ def run_worker(config: RunConfig, resume: Resume, launch: Launch, *, allow_chang
     from launch.roll_call import call_roll
     from launch.training import run_attempt
 
+    begun = time.monotonic()
     try:
         world = join_world(launch, config.run.device, config.parallel)
     except ValueError as error:
@@ -66,18 +69,23 @@ def run_worker(config: RunConfig, resume: Resume, launch: Launch, *, allow_chang
         return USAGE
     except ConnectionError as error:
         print(f"lockstep: error: {error}", file=sys.stderr)
+        if supervised is not None:
+            supervised.say_lost(error, waited=time.monotonic() - begun >= config.parallel.timeout_seconds)
         return FAILED
     try:
         call_roll(world, launch)
         ending, _ = run_attempt(
             config, resume, allow_change=allow_change, world=world, stop=stop, supervised=supervised
         )
+        if world.rank == 0 and ending.exit_code:
+            print(f"lockstep: {ending.reason}", file=sys.stderr, flush=True)
+        leave_world(world)
     except BaseException as error:
         ending = ending_of_failure(error)
         if not ending.expected:
             traceback.print_exc()
         elif ending.peer_lost and supervised is not None:
-            pass  # it tells who is gone
+            supervised.say_lost(error, waited=ending.waited)  # it tells who is gone
         elif world.rank == 0 or not (ending.told_by_all or ending.peer_lost):
             print(f"lockstep: error: {ending.reason}", file=sys.stderr, flush=True)
         if ending.exit_code == USAGE:
@@ -86,9 +94,6 @@ def run_worker(config: RunConfig, resume: Resume, launch: Launch, *, allow_chang
             leave_world(world)
         _end_without_waiting_threads(ending.exit_code)
         return ending.exit_code
-    if world.rank == 0 and ending.exit_code:
-        print(f"lockstep: {ending.reason}", file=sys.stderr, flush=True)
-    leave_world(world)
     if supervised is not None:
         supervised.say_done()
     return ending.exit_code

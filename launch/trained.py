@@ -28,6 +28,7 @@ from launch.evaluation import Sums, evaluate_streams
 from launch.materials import Materials, open_materials
 from launch.places import present_places
 from launch.recipe import recipe_of_run
+from launch.run_directory import read_identity
 from models.generation import generate
 
 
@@ -124,8 +125,8 @@ def generate_from_run(
 
 def _dataset_stores(run_directory: Path, given: Sequence[str], config: DataConfig) -> dict[str, Store]:
     """Where the datasets of a run lie. They are never prepared anew: their sources may have changed since."""
-    identity = run_directory / "run.json"
-    recorded = json.loads(identity.read_text())["attempts"][-1]["datasets"] if identity.is_file() else {}
+    begun = (run_directory / "run.json").is_file()
+    recorded = read_identity(run_directory)["attempts"][-1]["datasets"] if begun else {}
     known = {name: entry["directory"] for name, entry in recorded.items()}
     places = present_places(run_directory, known, given)
     return {name: open_store(place, config) for name, place in places.items()}

@@ -17,7 +17,7 @@ from pathlib import Path
 from distrib.launchers import LISTENING, STARTED_BY_LOCKSTEP
 from launch.clock import LAUNCHED
 from launch.exit_codes import DONE, FAILED, STOPPED_EARLY
-from launch.hangs import Hang, HangWatch, Limits, find_cause
+from launch.hangs import Hang, HangWatch, Limits, find_cause, find_missed
 from launch.heartbeats import Beat, Board, LastWord
 from launch.stop_signals import StopSignals
 from launch.stopping import STOP_SIGNALS
@@ -96,7 +96,7 @@ class WorkerGroup:
     ) -> None:
         """launched: when the work on this attempt began, in nanoseconds of the monotonic clock."""
         self._board = Board(workers)
-        self._watch = HangWatch(self._board, limits) if limits is not None else None
+        self._watch = HangWatch(self._board, limits)
         # Workers inherit the block and lift it once they listen: a request to stop is heard, however early it comes.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [*STOP_SIGNALS, STACKS_SIGNAL])
         try:
@@ -130,15 +130,17 @@ class WorkerGroup:
                 if self._failed and kill_at is None:
                     killed = self._failed[0].code == -signal.SIGKILL
                     kill_at = now + (_GRACE_AFTER_KILL_SECONDS if killed else _GRACE_SECONDS)
-                if kill_at is not None and now > kill_at:
-                    self.kill()
-                elif self._watch is not None and kill_at is None and now - looked >= LOOK_SECONDS:
+                silent: Hang | None = None
+                if now - looked >= LOOK_SECONDS:
                     silent = self._watch.look(now - looked, [worker.rank for worker in self._running()])
                     looked = now
-                    if silent is not None:
-                        hang = self._examine(silent)
-                        kill_at = now
-                        self.kill()
+                if kill_at is not None and now > kill_at:
+                    hang = hang or self._examine_who_was_missed()
+                    self.kill()
+                elif kill_at is None and silent is not None:
+                    hang = self._examine(silent)
+                    kill_at = now
+                    self.kill()
         for worker in self.workers:
             self._note_end(worker)
         return self._end(hang)
@@ -212,7 +214,28 @@ class WorkerGroup:
     def _examine(self, hang: Hang) -> _Examined:
         """Collects the stacks of all ranks that answer, and finds out which rank is the cause."""
         beats = self._beats(hang)  # now: being asked for its stacks may wake a rank up
-        running = self._running()
+        stopped, stacks = self._ask_for_stacks(self._running())
+        return _Examined(find_cause(hang, stopped, stacks), hang.seconds, beats, stacks)
+
+    def _examine_who_was_missed(self) -> _Examined | None:
+        """Where all who failed did so because another did not come: which of those that still run it is. None where there is
+        another reason, or nobody stands out."""
+        left = [worker for worker in self._running() if not worker.killed_by_us]
+        waited = [worker for worker in self._failed if worker.last_word == "waited in vain"]
+        lost = [worker for worker in self._failed if worker.last_word in ("waited in vain", "lost contact")]
+        if not left or not waited or lost != self._failed:
+            return None
+        beats = self._beats()
+        stopped, stacks = self._ask_for_stacks(left)
+        ranks = [worker.rank for worker in left]
+        cause = find_missed(beats, [worker.rank for worker in waited], ranks, stopped, stacks)
+        if cause is None:
+            return None
+        stacks |= {worker.rank: _read_all(worker.stacks) for worker in lost}
+        return _Examined(cause, self._watch.still_seconds(cause[0]), beats, stacks)
+
+    def _ask_for_stacks(self, running: Sequence[Worker]) -> tuple[list[int], dict[int, str]]:
+        """Which ranks' processes are stopped, and the stacks of those that answer."""
         stopped = [worker.rank for worker in running if _is_stopped(worker.process.pid)]
         asked = [worker for worker in running if worker.rank not in stopped]
         for worker in asked:
@@ -224,9 +247,9 @@ class WorkerGroup:
             for worker in asked:
                 size = os.fstat(worker.stacks).st_size
                 if size and sizes.get(worker.rank) == size:  # it has written all it has to say
-                    stacks[worker.rank] = os.pread(worker.stacks, size, 0).decode(errors="replace")
+                    stacks[worker.rank] = _read_all(worker.stacks)
                 sizes[worker.rank] = size
-        return _Examined(find_cause(hang, stopped, stacks), hang.seconds, beats, stacks)
+        return stopped, stacks
 
     def _end(self, hang: _Examined | None) -> AttemptEnd:
         end = AttemptEnd(
@@ -238,6 +261,10 @@ class WorkerGroup:
         if hang is not None:
             end.hung, end.hung_seconds, end.stacks = hang.cause, hang.seconds, hang.stacks
         return end
+
+
+def _read_all(memory: int) -> str:
+    return os.pread(memory, os.fstat(memory).st_size, 0).decode(errors="replace")
 
 
 def _is_stopped(pid: int) -> bool:

@@ -138,6 +138,19 @@ def test_a_flipped_bit_of_one_rank_ends_the_run_and_the_restart_repairs_it(troub
 
 
 @pytest.mark.long
+def test_ranks_that_differ_again_and_again_at_one_step_end_the_run_with_78(troubled: Train, tmp_path: Path) -> None:
+    ended = troubled("flip:11", "health.compare_replicas_every_steps=4", "run.max_restarts=9", workers=2)
+    assert ended.code == 78, ended.err
+    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert outcome["exit_code"] == 78
+    assert outcome["reason"].startswith(
+        "died 3 times in the same way at step 12 and would again: rank 0 failed: step 12: "
+    )
+    died = json.loads((tmp_path / "run" / "post-mortem.json").read_text())
+    assert [one["cause"] for one in (*died["earlier"], died)] == ["ended"] * 3
+
+
+@pytest.mark.long
 def test_differing_ranks_are_never_saved(troubled: Train, tmp_path: Path) -> None:
     """With no comparison due before the save, the save itself compares."""
     troubled("flip:13", workers=2).failed_with(1, "step 15: ranks that must hold the same bytes differ")

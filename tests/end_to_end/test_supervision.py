@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.end_to_end.runs import (
     Result,
     WarmProcess,
     checkpoints,
+    command,
     final_bytes,
     history,
     is_running,
@@ -219,6 +221,80 @@ def test_a_signal_without_a_name_is_told_by_its_number(recipe: Path, tmp_path: P
     assert read_json(tmp_path / "run" / "post-mortem.json")["signal"] == "signal 40"
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("phase", "step", "do", "known"),
+    [
+        ("load", 0, "time.sleep(3600)", "it does not move"),
+        ("load", 0, "os.kill(os.getpid(), signal.SIGSTOP)", "its process is stopped"),
+        ("evaluate", 0, "time.sleep(3600)", "it does not move"),
+        ("end", 40, "time.sleep(3600)", "it does not move"),
+    ],
+)
+def test_a_hang_that_the_process_groups_own_time_ends_is_found_out_all_the_same(
+    phase: str, step: int, do: str, known: str, recipe: Path, straight_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Ahead of steps, and after them, the rank that waits gives up before anybody counts as hung: it is not the cause."""
+    env = at_a_moment(phase, step, do, tmp_path)
+    arguments = ["train", recipe, "run.directory=run", "parallel.timeout_seconds=15", *RESTARTED]
+    ended = lockstep(*arguments, cwd=tmp_path, env=env).succeeded()
+    run = tmp_path / "run"
+    assert_same_run(run, straight_run(2))
+    died = read_json(run / "post-mortem.json")
+    assert (died["rank"], died["cause"], died["phase"], died["step"]) == (1, "hang", phase, step)
+    assert died["reason"].startswith(f"rank 1 hung in {phase} at step {step} for ")
+    assert died["reason"].endswith(f" s: {known}")
+    assert f"lockstep: {died['reason']}; starting again (1 of 3)" in ended.told
+    assert "Traceback" not in ended.err
+    assert "distributed_c10d.py" in (run / "logs" / "stacks-rank-0.txt").read_text()
+    if "sleep" in do:
+        assert "sitecustomize.py" in (run / "logs" / "stacks-rank-1.txt").read_text()
+
+
+@pytest.mark.long
+def test_a_rank_that_never_comes_to_meet_the_others_is_named(recipe: Path, tmp_path: Path) -> None:
+    late = 'import os, time\n\nif os.environ.get("LOCKSTEP_SUPERVISOR", "").endswith(" 0") and os.environ["RANK"] == "1":\n'
+    env = with_site(late + "    time.sleep(3600)\n", tmp_path)
+    arguments = ["train", recipe, "run.directory=run", "parallel.timeout_seconds=15", *RESTARTED]
+    ended = lockstep(*arguments, cwd=tmp_path, env=env).succeeded()
+    named = [line for line in ended.told if line.startswith("lockstep: rank 1 hung in start at step 0 for ")]
+    assert [line.partition(" s: ")[2] for line in named] == ["its process does not answer; starting again (1 of 3)"]
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.long
+def test_what_a_worker_says_of_its_end_counts_whatever_the_clock_says(recipe: Path, tmp_path: Path) -> None:
+    """A clock that is set back under a long run must not hide why a worker failed."""
+    ahead = "import sys, time; now = time.time; time.time = lambda: now() + 3600; "
+    command_line = [sys.executable, "-c", ahead + "from launch.cli import main; sys.exit(main(sys.argv[1:]))", "train"]
+    env = at_a_moment("forward", 20, "raise RuntimeError('a mistake of mine')", tmp_path, attempts=9)
+    ended = command(*command_line, recipe, "run.directory=run", *RESTARTED, cwd=tmp_path, env=env)
+    assert ended.code == 78, ended.err
+    assert ended.told[0] == "lockstep: rank 1 failed: RuntimeError: a mistake of mine; starting again (1 of 3)"
+    died = read_json(tmp_path / "run" / "post-mortem.json")
+    assert [one["cause"] for one in (died, *died["earlier"])] == ["exception"] * 2
+    assert died["exception"]["message"] == "a mistake of mine"
+
+
+def test_a_damaged_identity_ends_the_command_with_78_and_a_damaged_post_mortem_ends_nothing(
+    recipe: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "post-mortem.json").write_text("{torn")
+    env = at_a_moment("forward", 7, "open('run/run.json', 'w').write('{torn'); os._exit(3)", tmp_path)
+    arguments = ["train", recipe, "run.directory=run", *RESTARTED]
+    ended = lockstep(*arguments, cwd=tmp_path, env=env)
+    assert ended.code == 78, ended.err
+    assert "Traceback" not in ended.err
+    reason = "run/run.json: not what a run writes; restore the file, or begin a new run from a checkpoint of it"
+    assert ended.told[0].endswith("post-mortem.json: not what a run writes; kept as post-mortem.json.corrupt")
+    assert ended.told[1:] == [f"lockstep: error: {reason}"]
+    outcome = read_json(run / "outcome.json")
+    assert (outcome["exit_code"], outcome["reason"]) == (78, reason)
+    lockstep(*arguments, "--resume", "auto", cwd=tmp_path).failed_with(78, reason)
+
+
 @pytest.fixture
 def faulty(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path) -> Path:
     """A model of the user's own that fails as its environment says; six forwards of two ranks make a step of theirs."""
@@ -358,9 +434,14 @@ def test_ctrl_c_asks_first_and_then_ends_at_once_even_a_stuck_rank(faulty: Path,
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=1.0)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        _, err = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert len(attempts(tmp_path / "run")) == 1
+    run = tmp_path / "run"
+    assert len(attempts(run)) == 1
+    reason = "interrupted twice: ended at once; what was saved last is intact"
+    assert err.splitlines()[-1] == f"lockstep: {reason}"
+    outcome = read_json(run / "outcome.json")
+    assert (outcome["exit_code"], outcome["reason"], outcome["attempt"]) == (1, reason, 1)
 
 
 def test_a_worker_that_another_launcher_started_says_itself_of_what_it_died(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data.errors import CorruptData
 from launch.config import RunConfig
 from launch.ending import Ending, write_outcome
 from launch.recipe import load_recipe
@@ -21,6 +22,7 @@ from launch.run_directory import (
     decide_resume,
     describe_environment,
     ever_checkpointed,
+    put_end_on_record,
 )
 
 
@@ -138,6 +140,17 @@ def test_a_claim_clears_what_a_killed_attempt_left(tmp_path: Path) -> None:
     claim(recipe(), Resume(run)).close()
     assert not (run / "stop").exists()
     assert not list(run.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("damaged", ["{torn", "", "[]", "{}", '{"attempts": {}}', '{"attempts": [1]}'])
+def test_a_damaged_identity_is_named_and_left_as_it_is(damaged: str, tmp_path: Path) -> None:
+    run = begun(tmp_path / "run")
+    (run / "run.json").write_text(damaged)
+    for read in (lambda: claim(recipe(), Resume(run)), lambda: put_end_on_record(run, 1, 0.0)):
+        for _ in range(2):  # the claim was given up again
+            with pytest.raises(CorruptData, match=r"run/run.json: not what a run writes; restore the file"):
+                read()
+    assert (run / "run.json").read_text() == damaged
 
 
 def test_an_older_outcome_does_not_speak_for_a_new_attempt(tmp_path: Path) -> None:

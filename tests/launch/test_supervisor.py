@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from distrib.phases import Moment, Phase
-from launch.hangs import Hang, HangWatch, Limits, find_cause, waits_for_others
-from launch.heartbeats import Board, Heartbeat
+from launch.hangs import Hang, HangWatch, Limits, find_cause, find_missed, waits_for_others
+from launch.heartbeats import Beat, Board, Heartbeat
 from launch.post_mortem import read_post_mortem, write_post_mortem
 from launch.recipe import load_recipe
 from launch.restarts import Again, Death, GiveUp, Restarts
@@ -72,7 +72,7 @@ def test_a_later_checkpoint_gives_the_whole_budget_back() -> None:
     assert restarts.after(death(113), 110) == GiveUp(None)
 
 
-@pytest.mark.parametrize(("cause", "times"), [("exception", 2), ("signal", 3), ("hang", 3), ("exit", 3)])
+@pytest.mark.parametrize(("cause", "times"), [("exception", 2), ("ended", 3), ("signal", 3), ("hang", 3), ("exit", 3)])
 def test_a_death_that_repeats_at_one_step_ends_the_run_even_where_checkpoints_are_published(
     cause: str, times: int
 ) -> None:
@@ -270,6 +270,20 @@ def test_the_cause_is_who_is_stopped_then_who_is_silent_then_who_does_not_wait()
     assert find_cause(hang._replace(ranks=(1,)), [], {0: WAITING, 1: WAITING}) == (1, "it does not move")
 
 
+def test_who_was_missed_is_stopped_or_silent_or_not_ahead_and_not_in_a_collective() -> None:
+    behind, level, ahead = (Beat("load", 0, common, common) for common in (2, 3, 4))
+    answers = {1: WORKING, 2: WORKING}
+    assert find_missed([level, level, level], [0], [1, 2], [2], answers) == (2, "its process is stopped")
+    assert find_missed([level, level, level], [0], [1, 2], [], {1: WORKING}) == (2, "its process does not answer")
+    assert find_missed([level, level, behind], [0], [1, 2], [], answers) == (2, "it does not move")
+    assert find_missed([level, level, behind], [0], [1, 2], [], {1: WORKING, 2: WAITING}) == (1, "it does not move")
+    assert find_missed([level, ahead, behind], [0], [1, 2], [], {1: WORKING, 2: WAITING}) is None
+    reads_ahead = level._replace(phase="data")
+    waits_elsewhere = stacks("/v/site-packages/torch/distributed/distributed_c10d.py", "/usr/queue.py")
+    assert find_missed([level, level], [0], [1], [], {1: waits_elsewhere}) == (1, "it does not move")
+    assert find_missed([level, reads_ahead], [0], [1], [], {1: waits_elsewhere}) is None
+
+
 def test_only_where_data_or_a_save_is_late_does_it_count_that_another_thread_waits() -> None:
     """A thread that reads ahead may be in a collective at any time, or on its way out of one."""
     reads_ahead = stacks("/v/site-packages/torch/distributed/distributed_c10d.py", "/usr/queue.py")
@@ -328,6 +342,23 @@ def test_earlier_deaths_are_kept_in_their_order(tmp_path: Path) -> None:
     assert [last["attempt"], *(one["attempt"] for one in last["earlier"])] == [3, 1, 2]
     assert last["last_metrics"] == {"step": 7, "loss": 2.25}
     assert "earlier" not in last["earlier"][0]
+
+
+def test_a_damaged_post_mortem_is_put_aside_and_hides_no_death(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for damaged in ("{torn", "[]", '{"attempt": 1, "pid": 1}'):
+        (tmp_path / "post-mortem.json").write_text(damaged)
+        write_post_mortem(
+            tmp_path, attempt=2, rank=1, phase="data", step=7, cause="hang", reason="why", exit_code=None, pid=1
+        )
+        assert capsys.readouterr().err == (
+            f"lockstep: warning: {tmp_path}/post-mortem.json: not what a run writes; kept as post-mortem.json.corrupt\n"
+        )
+        assert (tmp_path / "post-mortem.json.corrupt").read_text() == damaged
+        last = read_post_mortem(tmp_path)
+        assert last is not None
+        assert (last["attempt"], last["earlier"]) == (2, [])
 
 
 def test_a_fork_that_saved_nothing_may_begin_again_from_its_checkpoint_and_no_other_run_may(tmp_path: Path) -> None:
