@@ -23,9 +23,9 @@ from typing import Any
 
 from tests.chaos.harness import Ground, run_case
 from tests.chaos.launching import WarmLauncher
-from tests.chaos.plan import SAVE_EVERY_STEPS, STEPS, WORLD_SIZE, case_of_seed
+from tests.chaos.plan import NOT_DRAWN, SAVE_EVERY_STEPS, STEPS, WORLD_SIZE, case_of_seed
 
-COLUMNS = ("seed", "fault", "phase", "step", "rank", "restarts", "recovery seconds", "outcome")
+COLUMNS = ("seed", "fault", "phase", "step", "rank", "restarts", "exit codes", "recovery seconds", "outcome")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,11 +71,12 @@ def _row(ground: Ground, seed: int, directory: Path) -> dict[str, Any]:
         told = run_case(ground, directory, case)
     except AssertionError as error:
         print(f"seed {seed}: {error}", file=sys.stderr, flush=True)
-        row |= {"restarts": None, "recovery seconds": None, "outcome": "FAILED", "seconds": None}
+        row |= {"restarts": None, "exit codes": None, "recovery seconds": None, "outcome": "FAILED", "seconds": None}
     else:
         recovery = None if told.recovery_seconds is None else round(told.recovery_seconds, 2)
         outcome = case.outcome if told.happened else "its moment never came; identical"
-        row |= {"restarts": told.restarts, "recovery seconds": recovery, "outcome": outcome}
+        codes = ", ".join(map(str, told.exit_codes))
+        row |= {"restarts": told.restarts, "exit codes": codes, "recovery seconds": recovery, "outcome": outcome}
         row |= {"seconds": round(told.seconds, 1)}
     print(_line(row), flush=True)
     return row
@@ -103,7 +104,7 @@ def as_page(results: dict[str, Any]) -> str:
         shown = f"{median(seconds):.2f}" if seconds else ""
         ended = sum(row["outcome"] != "FAILED" for row in here)
         summary.append(f"| {fault} | {len(here)} | {ended} | {shown} |")
-    table = [f"| {' | '.join(COLUMNS)} |", "|---:|---|---|---:|---:|---:|---:|---|", *map(_line, rows)]
+    table = [f"| {' | '.join(COLUMNS)} |", "|---:|---|---|---:|---:|---:|---|---:|---|", *map(_line, rows)]
     return f"""# Faults on purpose
 
 `{results["command"]}`, {results["date"]}, {results["device"]}, {versions};
@@ -115,8 +116,11 @@ dropout, on a CPU. The seed says what goes wrong, and in which phase, after how 
 byte by byte, `lockstep data audit` proves the samples, and no process and no temporary file is left.
 `skipped`: the step is, on all ranks, nothing else is, and it is said. `78, then identical`: the run ends with 78,
 all that it had published verifies, and once what was broken is mended the same command ends as identical.
+The exit codes are those of the command each time that it was started, negative for a signal. A rank that is asked to stop by
+SIGTERM or USR1 must end the command with 75, everything saved, in the attempt that it came in; or, in the last steps, with 0.
 The recovery is from the fault to the end of the first step after it; workers are forked from a process that has
 imported what they import, so the seconds of their imports are not in it, but where the dataset is remote.
+Not drawn, because it waits for half a minute: {", ".join(NOT_DRAWN)}; `tests/chaos/test_chaos.py` holds it.
 
 {chr(10).join(summary)}
 

@@ -24,6 +24,7 @@ from launch.tracking.metrics_file import read_metrics
 from launch.tracking.writer import ORPHAN_SECONDS
 from tests.chaos.launching import Launcher, wait_for_end
 from tests.chaos.plan import (
+    ASKING_TO_STOP,
     SAVE_EVERY_STEPS,
     STEPS,
     WORLD_SIZE,
@@ -31,6 +32,7 @@ from tests.chaos.plan import (
     Happening,
     cache_place,
     checkpoints_place,
+    comes_too_late,
     dataset_place,
     run_place,
 )
@@ -52,12 +54,27 @@ FAKE_KEY = "x" * 40
 
 
 @dataclass(frozen=True)
+class Launched:
+    """One start of the run's command, and how it ended."""
+
+    exit_code: int
+    """Negative for a signal."""
+    attempts: int
+    """How many attempts it has begun."""
+    said: str
+    happened: bool
+    """Whether what the case is about came while it ran."""
+
+
+@dataclass(frozen=True)
 class Told:
     """What a case came to."""
 
     happened: bool
     """Whether its fault has come about."""
     restarts: int
+    exit_codes: tuple[int, ...]
+    """Of every start of the run's command, in their order."""
     recovery_seconds: float | None
     """From the fault to the end of the first step after it; None where no process had to start again."""
     seconds: float
@@ -115,9 +132,9 @@ class CaseSite:
         self.cache = cache_place(directory)
         self.temporary = directory / "temporary"
         self.chaos = directory / "chaos"
-        self.launches = 0
+        self.commands = 0
+        self.launches: list[Launched] = []
         self.shared_memory: set[Path] = set()
-        self.began_an_attempt = False
         self._recipe = directory / "recipe.yaml"
         # torch keeps a cache for all of a user's processes, which would be taken for something left behind.
         cache = {"TORCHINDUCTOR_CACHE_DIR": str(directory / "torch-cache")}
@@ -155,10 +172,16 @@ class CaseSite:
         if self.case.fault == "SIGSTOP of a rank":
             overrides = (*overrides, "run.hang_timeout_seconds=2")
         asked = [f"run.directory={self.run}", *overrides, "--resume", "auto", "--workers", WORLD_SIZE]
-        before = self.attempts
+        attempts, happened = self.attempts, bool(self.happened(self.case.main))
         code = self.command("train", self._recipe, *asked)
-        self.began_an_attempt = self.attempts > before
+        said = "".join(path.read_text() for path in self._outputs())
+        happened = not happened and bool(self.happened(self.case.main))
+        self.launches.append(Launched(code, self.attempts - attempts, said, happened))
         return code
+
+    @property
+    def began_an_attempt(self) -> bool:
+        return self.launches[-1].attempts > 0
 
     @property
     def attempts(self) -> int:
@@ -166,11 +189,15 @@ class CaseSite:
         return len(json.loads(known.read_text())["attempts"]) if known.exists() else 0
 
     def command(self, *arguments: object) -> int:
-        self.launches += 1
-        out, err = (self.directory / f"command-{self.launches}.{kind}" for kind in ("out", "err"))
+        self.commands += 1
+        out, err = self._outputs()
         started = self.launcher.start(*arguments, cwd=self.directory, env=self._env, out=out, err=err)
         wake = "SIGCONT" in self.case.fault
         return wait_for_end(started, self.launcher, self.shared_memory, wake_stopped=wake)
+
+    def _outputs(self) -> list[Path]:
+        """Where the last command prints to."""
+        return [self.directory / f"command-{self.commands}.{kind}" for kind in ("out", "err")]
 
     def launch_until_done(self) -> int:
         """The same command again as long as the run asks for it or was killed; the exit code that ends that."""
@@ -212,6 +239,7 @@ def run_case(ground: Ground, directory: Path, case: Case, *, patience_seconds: f
     return Told(
         happened=bool(happened),
         restarts=restarts,
+        exit_codes=tuple(launched.exit_code for launched in site.launches),
         recovery_seconds=min(after) - at if after else None,
         seconds=time.monotonic() - begun,
         said=said,
@@ -222,6 +250,8 @@ def _hold_to_outcome(site: CaseSite) -> None:
     case, ground = site.case, site.ground
     straight = ground.undisturbed()
     code = site.launch_until_done()
+    if case.fault in ASKING_TO_STOP:
+        _hold_to_stopped(site)
     if case.outcome == "78, then identical" and site.happened(case.main):
         assert code == DO_NOT_RESTART, f"exit code {code} instead of 78"
         # There is none where nothing can be written, and an older one where the command ended before there was an attempt.
@@ -244,6 +274,16 @@ def _hold_to_outcome(site: CaseSite) -> None:
         assert final_bytes(site.run) == final_bytes(straight)
     assert site.command("data", "audit", site.run) == DONE, "the audit proves it not"
     assert site.command("checkpoint", "verify", site.run) == DONE
+
+
+def _hold_to_stopped(site: CaseSite) -> None:
+    """A rank that was asked to stop is no rank that died: all of them end together, once everything is saved."""
+    for launched in (launched for launched in site.launches if launched.happened):
+        if launched.exit_code == DONE and comes_too_late(site.case.happenings[site.case.main]):
+            continue
+        assert launched.exit_code == STOPPED_EARLY, f"exit code {launched.exit_code} of what was asked to stop, not 75"
+        assert launched.attempts == 1, f"{launched.attempts} attempts in a start that was asked to stop"
+        assert "; everything is saved" in launched.said, "nothing was said of what is saved"
 
 
 def _hold_to_skipped(site: CaseSite, straight: Path) -> None:

@@ -68,6 +68,7 @@ ENDING_BY_SIGNAL: dict[str, Action] = {
     "SIGKILL of launcher and ranks": ("kill_all", {}),
     "SIGSTOP of a rank, then SIGCONT": ("send", {"number": int(signal.SIGSTOP)}),
 }
+ASKING_TO_STOP = ("SIGTERM to a rank", "USR1 to a rank")
 WITH_TIMES = ("SIGKILL of a rank", "SIGKILL of the launcher", "SIGKILL of launcher and ranks")
 """Those that may also come in the middle of a phase."""
 FAULTS = (
@@ -86,8 +87,8 @@ FAULTS = (
     "hung tracker",
     "SIGSTOP of a rank",
 )
-# They wait for limits: of half a minute, and of seconds.
-NOT_DRAWN = ("hung tracker", "SIGSTOP of a rank")
+# It waits for a limit of half a minute each time.
+NOT_DRAWN = ("hung tracker",)
 
 
 def run_place(directory: Path) -> Path:
@@ -174,7 +175,9 @@ def make_case(fault: str, choose: random.Random, directory: Path, phase: str | N
             return Case(fault, (Happening(phase, choose.randrange(STEPS), rank, [("poison", {})]),), "skipped")
         case "SIGSTOP of a rank":
             stop: Action = ("send", {"number": int(signal.SIGSTOP)})
-            return Case(fault, (_at(_place(choose, phase, first_step=1), [stop]),), "identical")
+            # After what a limit can be learned from: a first save may take as long as anything that is done for the first time.
+            where = _place(choose, phase, first_step=SAVE_EVERY_STEPS + 1)
+            return Case(fault, (_at(where, [stop]),), "identical")
         case "hung tracker":
             return Case(fault, (_at(_place(choose, phase), [_KILL]),), "identical", hung_tracker=True)
     raise ValueError(f"no fault {fault!r}; there are {', '.join(FAULTS)}")
@@ -192,6 +195,14 @@ def _signalled(fault: str, choose: random.Random, phase: str | None) -> Case:
     return Case(fault, (_at(_place(choose, phase), [action], delay),), "identical")
 
 
+def comes_too_late(request: Happening) -> bool:
+    """Whether a request to stop may come to nothing: the step that runs when it comes tells the others of it, this is read
+    while the next one runs, and after the last step there is nothing to stop. Beside a save training goes on to the next."""
+    if request.step is None:
+        return False
+    return request.step >= STEPS - (SAVE_EVERY_STEPS if request.phase in SAVING else 2)
+
+
 def _place(
     choose: random.Random, phase: str | None, first_step: int = 0, last_step: int = STEPS
 ) -> tuple[str, int, int]:
@@ -205,8 +216,8 @@ def _place(
         steps = [step for step in range(first_step, last_step) if step % SAVE_EVERY_STEPS]
         return phase, choose.choice(steps), rank
     if phase in (*SAVING, "save"):
-        steps = range(max(SAVE_EVERY_STEPS, first_step), last_step + 1, SAVE_EVERY_STEPS)
-        return phase, choose.choice(steps), 0 if phase in ("save.manifest", "save.rename") else rank
+        saved = [step for step in range(SAVE_EVERY_STEPS, last_step + 1, SAVE_EVERY_STEPS) if step >= first_step]
+        return phase, choose.choice(saved), 0 if phase in ("save.manifest", "save.rename") else rank
     assert phase in ("evaluate", "end"), phase
     return phase, choose.choice([0, STEPS] if phase == "evaluate" and not first_step else [STEPS]), rank
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,6 +119,13 @@ def test_another_result_is_noticed(ground: Ground, tmp_path: Path) -> None:
     poisoned = Happening("forward", 2, 0, [("poison", {})])
     with pytest.raises(AssertionError, match="skipped"):
         run_case(ground, tmp_path / "case", Case("declared harmless", (poisoned,), "identical"))
+
+
+def test_a_request_to_stop_that_kills_is_noticed(ground: Ground, tmp_path: Path) -> None:
+    """The next start makes it good, to the same bytes."""
+    killed = Happening("forward", 5, 1, [("send", {"number": int(signal.SIGKILL)})])
+    with pytest.raises(AssertionError, match="exit code 1 of what was asked to stop"):
+        run_case(ground, tmp_path / "case", Case("SIGTERM to a rank", (killed,), "identical"))
 
 
 def test_what_is_left_behind_is_noticed(ground: Ground, tmp_path: Path) -> None:
