@@ -37,6 +37,12 @@ class DeviceSpeed:
     wrong: bool = False
     """Whether a matrix product was not what it must be."""
 
+    def at_its_best(self, again: DeviceSpeed) -> DeviceSpeed:
+        """Of two measurements of one device: what else runs can only make it slower, and once wrong is wrong."""
+        flops = {name: max(speed, again.flops[name]) for name, speed in self.flops.items()}
+        memory = max(self.memory, again.memory)
+        return DeviceSpeed(self.host, self.device, flops, memory, self.wrong or again.wrong)
+
 
 def measure_device(device: torch.device, seconds: float) -> DeviceSpeed:
     """Takes at most about `seconds` for each of its measurements, or as long as a single run of one takes."""

@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from multiprocessing.connection import Connection, wait
@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from data.config import DataConfig
 from distrib.launchers import Launch, read_launch
 from launch.checks import Check, as_table
 from launch.config import RunConfig
-from launch.disk import existing_part
+from launch.disk import look_at_room
+from launch.disk_checks import check_rooms, places_in_use
 from launch.exit_codes import DONE, FAILED
 from launch.run_directory import RUNS
 
@@ -37,8 +39,6 @@ _VARIABLES = re.compile(
 )
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
 _SHOWN_CHARACTERS = 60
-_LEAST_FREE_BYTES = 1 << 30
-_LEAST_FREE_INODES = 1000
 _WANDB_SECONDS = 3.0
 _WANDB_URL = "https://api.wandb.ai"
 # For importing torch, meeting and measuring: only ever reached where something hangs.
@@ -53,7 +53,7 @@ def examine_machine(config: RunConfig | None, *, workers: int | None, device: st
     are the workers, it must be None.
     """
     begun = time.monotonic()
-    directory = _run_directory(config)
+    places = _places(config)
     launch = read_launch()
     launched = launch.address is not None
     if launched and workers is not None:
@@ -61,7 +61,7 @@ def examine_machine(config: RunConfig | None, *, workers: int | None, device: st
             f"--workers {workers}: a launcher has started this process already (RANK is set); remove one of them"
         )
     if launched:
-        speaks, measured = _measure_in_this_process(launch, device, directory)
+        speaks, measured = _measure_in_this_process(launch, device, places)
         if not speaks:
             return FAILED if _any_broken(measured) else DONE
     else:
@@ -71,8 +71,8 @@ def examine_machine(config: RunConfig | None, *, workers: int | None, device: st
             workers = default_workers(device)
         if workers < 1:
             raise ValueError(f"--workers {workers}: must be at least 1")
-        measured = _measure_in_workers(workers, device, directory)
-    checks = [*_versions(), _launcher(os.environ), *measured, *_rooms(config), *_trackers(config)]
+        measured = _measure_in_workers(workers, device, places)
+    checks = [*_versions(), _launcher(os.environ), *measured, *_trackers(config)]
     code = FAILED if _any_broken(checks) else DONE
     seconds = round(time.monotonic() - begun, 1)
     if as_json:
@@ -89,8 +89,10 @@ def _any_broken(checks: Sequence[Check]) -> bool:
     return any(check.state == "broken" for check in checks)
 
 
-def _run_directory(config: RunConfig | None) -> Path:
-    return (config.run.directory if config is not None else None) or RUNS
+def _places(config: RunConfig | None) -> dict[str, Path]:
+    """Where runs are kept, and where shards are cached."""
+    directory = (config.run.directory if config is not None else None) or RUNS
+    return places_in_use(directory, config.data if config is not None else DataConfig(), always_cache=True)
 
 
 # --- what needs no torch -----------------------------------------------------------------------------------------------
@@ -115,29 +117,6 @@ def _launcher(environment: Any) -> Check:
             hidden = _SECRET.search(name) or "://" in value
             shown.append(f"{name} (set, not shown)" if hidden else f"{name}={value[:_SHOWN_CHARACTERS]}")
     return Check("launcher", "ok", " ".join(shown) or "none: no variable of a launcher is set")
-
-
-def _rooms(config: RunConfig | None) -> list[Check]:
-    """Room and inodes where runs are kept, and where shards are cached."""
-    from data.config import DataConfig
-    from data.store import open_cache
-
-    data = config.data if config is not None else DataConfig()
-    places = {"run directory": _run_directory(config), "cache": open_cache(data).directory}
-    return [_room(name, place) for name, place in places.items()]
-
-
-def _room(name: str, directory: Path) -> Check:
-    place = existing_part(directory)
-    status = os.statvfs(place)
-    free, inodes = status.f_bavail * status.f_frsize, status.f_favail
-    figure = f"{directory}: {free / 2**30:,.1f} GiB free, "
-    figure += f"{inodes:,} inodes free" if status.f_files else "inodes without a limit"
-    if not os.access(place, os.W_OK | os.X_OK):
-        return Check(name, "broken", f"{directory}: {place} cannot be written", "choose another place for it")
-    if free < _LEAST_FREE_BYTES or (status.f_files and inodes < _LEAST_FREE_INODES):
-        return Check(name, "broken", figure, "make room, or choose another place for it")
-    return Check(name, "ok", figure)
 
 
 def _trackers(config: RunConfig | None) -> list[Check]:
@@ -167,7 +146,7 @@ def _wandb(environment: Any) -> Check:
 # --- what the workers measure ------------------------------------------------------------------------------------------
 
 
-def _measure_in_this_process(launch: Launch, device: str, directory: Path) -> tuple[bool, list[Check]]:
+def _measure_in_this_process(launch: Launch, device: str, places: Mapping[str, Path]) -> tuple[bool, list[Check]]:
     """As a worker of a launcher: whether this one speaks for all, and what all have found."""
     from distrib.config import ParallelConfig
     from distrib.world import join_world, leave_world
@@ -176,8 +155,8 @@ def _measure_in_this_process(launch: Launch, device: str, directory: Path) -> tu
     try:
         world = join_world(launch, device, ParallelConfig(timeout_seconds=_MEETING_SECONDS))
     except (ValueError, ConnectionError) as error:
-        return True, [Check("workers", "broken", str(error), "see what the launcher sets")]
-    checks = [*_cuda(), *examine(world, directory)]
+        return True, [Check("workers", "broken", str(error), "see what the launcher sets"), *_rooms_here(places)]
+    checks = [*_cuda(), *examine(world, places)]
     speaks = world.rank == 0
     leave_world(world)
     return speaks, checks
@@ -192,7 +171,7 @@ def _cuda() -> list[Check]:
     return [Check("CUDA", "ok", f"{torch.version.cuda}"), Check("NCCL", "ok", nccl)]
 
 
-def _measure_in_workers(workers: int, device: str, directory: Path) -> list[Check]:
+def _measure_in_workers(workers: int, device: str, places: Mapping[str, Path]) -> list[Check]:
     """Starts so many workers on this host; rank 0 tells what they found."""
     context = multiprocessing.get_context("spawn")
     port = _free_port()
@@ -201,9 +180,7 @@ def _measure_in_workers(workers: int, device: str, directory: Path) -> list[Chec
     processes: dict[Connection, Any] = {}
     for rank in range(workers):
         ours, theirs = context.Pipe()
-        processes[ours] = context.Process(
-            target=_work, args=(theirs, rank, workers, port, device, directory), daemon=True
-        )
+        processes[ours] = context.Process(target=_work, args=(theirs, rank, workers, port, device, places), daemon=True)
         processes[ours].start()
         theirs.close()
     told: dict[int, list[Check] | str] = {}
@@ -232,19 +209,25 @@ def _measure_in_workers(workers: int, device: str, directory: Path) -> list[Chec
                 process.kill()
             process.join()
     if failure is not None:
-        return [Check("workers", "broken", failure, "try --workers 1; what that says is of the machine alone")]
+        broken = Check("workers", "broken", failure, "try --workers 1; what that says is of the machine alone")
+        return [broken, *_rooms_here(places)]
     found = told[0]
     assert isinstance(found, list)
     return found
 
 
-def _work(connection: Connection, rank: int, workers: int, port: int, device: str, directory: Path) -> None:
+def _rooms_here(places: Mapping[str, Path]) -> list[Check]:
+    """Of this host alone, where its workers cannot tell it."""
+    return check_rooms({name: {platform.node(): look_at_room(place)} for name, place in places.items()})
+
+
+def _work(connection: Connection, rank: int, workers: int, port: int, device: str, places: Mapping[str, Path]) -> None:
     """A worker's life: as if a launcher had started it."""
     launch = Launch("lockstep doctor")
     if workers > 1:
         launch = Launch("lockstep doctor", rank, workers, rank, "127.0.0.1", port)
     try:
-        connection.send(_measure_in_this_process(launch, device, directory)[1])
+        connection.send(_measure_in_this_process(launch, device, places)[1])
     except Exception as error:  # told as what is broken, by the process that speaks
         connection.send(
             f"rank {rank}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason'}"

@@ -13,8 +13,8 @@ class HealthConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     preflight: Literal["none", "warn", "stop"] = "none"
-    """Before training every rank measures its device, memory and disk, some seconds long. What is broken ends the run; a rank
-    that is much slower than the others is told (warn) or ends it (stop)."""
+    """Before training the ranks measure devices and memory and one rank a host its disks, some seconds long. What is broken, or
+    full, ends the run with 78; what stays much slower than the others is told (warn), or ends it with 1 (stop)."""
     max_skipped_in_a_row: int | None = Field(default=20, ge=1)
     """Steps skipped one after the other, their gradients not finite, after which the run ends; null: never."""
     loss_spike: Literal["ignore", "warn", "stop"] = "warn"

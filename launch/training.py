@@ -29,6 +29,7 @@ from launch.clock import Clock
 from launch.config import RunConfig
 from launch.console import Progress
 from launch.debug import Debug, show_first
+from launch.disk_checks import places_in_use
 from launch.ending import Ending, ending_of_failure, ending_of_run, leave_post_mortem, write_outcome
 from launch.examination import look_before_training
 from launch.exit_codes import DO_NOT_RESTART, USAGE, RunEnded
@@ -94,7 +95,7 @@ def run_attempt(
     attempt: Attempt | None = None
     try:
         if config.health.preflight != "none":
-            look_before_training(world, run.path, config.health.preflight)
+            look_before_training(world, places_in_use(run.path, config.data), config.health.preflight)
         attempt = together(world, lambda: _set_up(config, world, run, materials, stop, clock, debug))
         _resume(attempt, resume, allow_change=allow_change)
         nodes = len({*world.gather_objects(platform.node())})

@@ -192,5 +192,7 @@ def test_a_run_may_be_examined_before_it_trains(troubled: Train, tmp_path: Path)
     (told,) = [line for line in ended.err.splitlines() if line.startswith("preflight: ")]
     assert "matrix product, fp32" in told
     assert "disk, write" in told
+    assert "run directory run: " in told
+    assert "cache" not in told  # nothing is fetched
     assert told in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "run", "troubled.yaml"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launch.doctor import _launcher, _room, _wandb
+from launch.doctor import _launcher, _rooms_here, _wandb
 from tests.end_to_end.runs import LOCKSTEP, Result, command, environment
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nobody listens
@@ -91,7 +91,7 @@ def test_no_secret_is_shown() -> None:
 
 
 def test_room(tmp_path: Path) -> None:
-    check = _room("cache", tmp_path / "not" / "there")
+    (check,) = _rooms_here({"cache": tmp_path / "not" / "there"})
     assert check.state == "ok"
     assert "GiB free" in check.figure
     assert list(tmp_path.iterdir()) == []
