@@ -7,7 +7,7 @@ The rows of an account add up to its time by construction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,7 @@ def _read_clocks(
     """The clock of each attempt's lines. An attempt without a line has that of its beginning."""
     kept_until = _kept_until(attempts)
     readings = {a.attempt: _Readings(begun[a.attempt], begun[a.attempt], a.went_back_to) for a in attempts}
-    for number, record in read_all_lines(run_directory):
+    for number, record in _lines(run_directory):
         reading, attempt = _reading(record, f"{run_directory / FILE_NAME}: line {number}"), record.get("attempt")
         if attempt not in readings:
             raise CorruptData(
@@ -191,6 +191,14 @@ def _read_clocks(
         if record["step"] <= kept_until[attempt]:
             of_attempt.kept = reading
     return readings
+
+
+def _lines(run_directory: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every line with its number. CorruptData for one that is none; a torn last one is dropped."""
+    try:
+        yield from read_all_lines(run_directory)
+    except ValueError as error:
+        raise CorruptData(str(error)) from None
 
 
 def _reading(record: dict[str, Any], place: str) -> ClockReading:

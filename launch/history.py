@@ -12,9 +12,12 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from data.errors import CorruptData
+from launch.clock import STEP_PHASES
 from launch.tracking.metrics_file import FILE_NAME, read_step_lines
 
 _KEYS = ("attempt", "samples", "tokens", "digest", "streams")
+# The phases of a clock are read a moment before what was waited in them.
+_READ_APART_SECONDS = 0.1
 
 
 class DatasetPlace(BaseModel):
@@ -34,6 +37,13 @@ class ClockReading(BaseModel):
     at: float = Field(ge=0)
     phases: dict[str, Annotated[float, Field(ge=0)]]
     waiting: float | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _waited_within_steps(self) -> ClockReading:
+        within = sum(self.phases.get(phase, 0.0) for phase in STEP_PHASES)
+        if self.waiting is not None and self.waiting > within + _READ_APART_SECONDS:
+            raise ValueError(f"waiting {self.waiting:g} s is more than the {within:g} s of all steps")
+        return self
 
 
 class BatchJob(BaseModel):

@@ -173,6 +173,8 @@ def test_the_table_holds_every_attempt_and_what_its_columns_mean(tmp_path: Path)
         ("metrics.jsonl", '"clock"', '"cloak"', "line 1: clock"),
         ("metrics.jsonl", '"at": 1', '"at": -1', "line 1: clock"),
         ("metrics.jsonl", '"attempt": 1', '"attempt": 3', "knows no attempt 3"),
+        ("metrics.jsonl", '{"step": 1,', '{"step" 1,', r"metrics\.jsonl: line 1 is not a JSON object"),
+        ("metrics.jsonl", '"waiting": 0.0', '"waiting": 1e6', "line 1: clock: .*waiting 1e.06 s is more than the 9 s"),
     ],
 )
 def test_files_that_no_run_wrote_are_refused(tmp_path: Path, name: str, old: str, new: str, told: str) -> None:
