@@ -115,7 +115,8 @@ class NativeEngine(EngineBase):
         with self._communication(last=last):
             total = self._forward(micro_batch)
             enter("backward")
-            self._scaled(total, scale, micro_batch).backward()
+            with contextlib.nullcontext() if last or self._zero_stage else self.pace.of_backward():
+                self._scaled(total, scale, micro_batch).backward()
         return total.detach() if micro_batch.weight else torch.zeros_like(total)
 
     def _update(self) -> tuple[torch.Tensor, torch.Tensor]:

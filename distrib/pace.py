@@ -19,11 +19,18 @@ _NOTHING = contextlib.nullcontext()
 
 
 class Pace:
-    """Times forward passes when it is asked to; costs nothing in other steps."""
+    """Times a rank's own work on a micro-batch when it is asked to; costs nothing in other steps.
+
+    That is the forward pass, and the backward pass where the engine exchanges nothing in it: among whole copies of the model
+    in every micro-batch of a step but the last. Elsewhere gradients and weights travel all through the backward pass,
+    and a rank that is slow there cannot be told from those that wait for it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._asked = False
+        self._goes_on = False
+        """Whether the forward pass that came last was timed."""
         self._by_blocks = False
         self._spans: list[tuple[_Mark, _Mark]] | None = None
         """Of the pass that is being timed; None where none is."""
@@ -43,7 +50,12 @@ class Pace:
 
     def of_forward(self, rows: int) -> AbstractContextManager[Any]:
         """Around a forward pass of a micro-batch with so many rows."""
+        self._goes_on = False
         return self._one_pass(rows) if self._asked else _NOTHING
+
+    def of_backward(self) -> AbstractContextManager[Any]:
+        """Around the backward pass of the same micro-batch, where nothing is exchanged in it: timed if the forward pass was."""
+        return self._rest_of_pass() if self._goes_on else _NOTHING
 
     def take(self) -> tuple[float, int]:
         """(median seconds of the passes that were timed since the last call, their most rows); NaN where there were none.
@@ -70,6 +82,14 @@ class Pace:
         if not self._by_blocks:
             spans.append((begun, self._mark()))
         self._passes.append((rows, spans))
+        self._goes_on = True
+
+    @contextlib.contextmanager
+    def _rest_of_pass(self) -> Iterator[None]:
+        self._goes_on = False
+        begun = self._mark()
+        yield
+        self._passes[-1][1].append((begun, self._mark()))
 
     def _timed(self, forward: Any) -> Any:
         @functools.wraps(forward)

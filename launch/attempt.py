@@ -64,6 +64,8 @@ class Attempt:
     """The last step whose checkpoint is known to be published."""
     save_failure: str | None = None
     """Why the last save failed, if it did."""
+    stop_reason: str | None = None
+    """Why it stops early, where that is its own decision."""
     checkpoint_stalls: list[float] = field(default_factory=list)
     """Seconds that training waited, for every save."""
     evaluated_step: int | None = None
@@ -109,6 +111,9 @@ class Attempt:
             self.say(warning)
         if findings.ending is not None:
             raise findings.ending
+        if findings.stop is not None:
+            self.stop_reason = findings.stop
+            self.stop.ask()
 
     def _samples_of_last_step(self) -> list[str]:
         """The ids of the samples that the last committed step read, as STREAM:ID in a mixture."""

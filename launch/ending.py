@@ -71,12 +71,16 @@ def ending_of_failure(error: BaseException) -> Ending:
     return Ending(FAILED, f"{type(error).__name__}: {error}".split("\n")[0], expected=False)
 
 
-def ending_of_run(step: int, steps: int, saved_step: int | None, save_failure: str | None) -> Ending:
-    """How a loop that came to its end, or was stopped, ends the attempt."""
+def ending_of_run(
+    step: int, steps: int, saved_step: int | None, save_failure: str | None, stop_reason: str | None
+) -> Ending:
+    """How a loop that came to its end, or was stopped, ends the attempt. stop_reason: why it stopped itself, if it did."""
     if save_failure is not None:
         return Ending(DO_NOT_RESTART, f"after step {step}: {save_failure}")
     if step < steps:
         assert saved_step == step
+        if stop_reason is not None:
+            return Ending(STOPPED_EARLY, f"stopped after step {step} of {steps}: {stop_reason}; everything is saved")
         return Ending(STOPPED_EARLY, f"stopped on request after step {step} of {steps}; everything is saved")
     return Ending(DONE, f"all {steps} steps are done")
 

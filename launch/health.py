@@ -25,7 +25,7 @@ from launch.spikes import Spike, SpikeDetector
 
 log = logging.getLogger("lockstep")
 _SHOWN = 8
-# How many forward passes before a comparison are timed: their median is compared.
+# In how many steps before a comparison a micro-batch is timed: the median is compared.
 _TIMED_STEPS = 8
 # A rank that is slow in so many comparisons one after the other is named.
 _SLOW_IN_A_ROW = 3
@@ -40,6 +40,8 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
     ending: RunEnded | None = None
     """What the run must end with, once the line is written."""
+    stop: str | None = None
+    """Why it must save and stop as if it had been asked to."""
 
 
 class Health:
@@ -79,8 +81,8 @@ class Health:
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def vitals(self) -> torch.Tensor | None:
-        """After a step was begun: what this rank tells the others of itself. (2 + LIMBS,) float64, seconds and rows of a forward
-        pass and a checksum, in the steps in which the ranks compare either; else None."""
+        """After a step was begun: what this rank tells the others of itself. (2 + LIMBS,) float64, seconds and rows of a
+        micro-batch and a checksum, in the steps in which the ranks compare either; else None."""
         step = self._engine.steps_done
         if self._pace_every is not None and -(step + 1) % self._pace_every < _TIMED_STEPS:
             self._engine.pace.ask()
@@ -176,16 +178,23 @@ class Health:
         findings.columns |= {"slowest_rank": slowest, "slowest_over_others": slowness[slowest]}
         limit = self._config.straggler_factor
         self._slow_looks = {r: self._slow_looks.get(r, 0) + 1 for r, factor in slowness.items() if factor > limit}
+        if self._config.slow_rank == "ignore":
+            return
         stragglers = [rank for rank, looks in self._slow_looks.items() if looks >= _SLOW_IN_A_ROW]
         if not stragglers:
             return
         findings.columns["stragglers"] = stragglers
         for rank in stragglers:
             if self._slow_looks[rank] == _SLOW_IN_A_ROW:
+                name = self._name_ranks([rank])
                 findings.warnings.append(
-                    f"step {step}: {self._name_ranks([rank])} is slow: a forward pass takes it {1e3 * seconds[rank]:.3g} ms, "
+                    f"step {step}: {name} is slow: its own work on a micro-batch takes it {1e3 * seconds[rank]:.3g} ms, "
                     f"{slowness[rank]:.1f} times what it takes the others (health.straggler_factor); look at that machine"
                 )
+                if self._config.slow_rank == "stop":
+                    findings.stop = (
+                        f"{name} is slow, {slowness[rank]:.1f} times the others' time (health.slow_rank=stop)"
+                    )
 
     # --- replicas that differ ----------------------------------------------------------------------------------------
 

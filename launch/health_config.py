@@ -24,9 +24,12 @@ class HealthConfig(BaseModel):
     spike_deviations: float = Field(default=8.0, gt=0)
     """A spike is so many robust standard deviations (1.4826 times the median absolute deviation) above the median."""
     compare_paces_every_steps: int | None = Field(default=50, ge=1)
-    """How often the ranks compare the time that a forward pass takes each of them alone; null: never."""
+    """How often the ranks compare the time that each of them works alone on a micro-batch; null: never."""
     straggler_factor: float = Field(default=1.5, gt=1)
-    """A rank that needs so many times what the others need, time after time, is named."""
+    """A rank that needs so many times what the others need, in three comparisons in a row, is slow."""
+    slow_rank: Literal["ignore", "warn", "stop"] = "warn"
+    """ignore: the comparisons are in `metrics.jsonl`, and nobody is named. stop: the run is saved and ends with 75, to be
+    started again without that machine."""
     compare_replicas_every_steps: int | None = Field(default=100, ge=1)
     """How often ranks that must hold the same weights compare a checksum of theirs, besides before every checkpoint; null:
     never, not before checkpoints either."""

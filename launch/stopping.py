@@ -47,6 +47,10 @@ class StopRequest:
         """Also stop once `file` exists; looked at no more than twice a second. For rank 0."""
         self._file = file
 
+    def ask(self) -> None:
+        """This process asks itself."""
+        self._signalled = True
+
     def asked(self) -> bool:
         if self._file is not None and not self._signalled:
             now = time.monotonic()

@@ -104,7 +104,9 @@ def run_attempt(
         for line in data_lines:
             attempt.say(line)
         _train(attempt)
-        ending = ending_of_run(attempt.ledger.step, attempt.last_step, attempt.saved_step, attempt.save_failure)
+        ending = ending_of_run(
+            attempt.ledger.step, attempt.last_step, attempt.saved_step, attempt.save_failure, attempt.stop_reason
+        )
     except BaseException as error:
         ending = ending_of_failure(error)
         log.error("%s", ending.reason, exc_info=not ending.expected)

@@ -1,4 +1,4 @@
-"""A rank's own pace: what a forward pass takes it, without what it waits for others."""
+"""A rank's own pace: how long it works on a micro-batch, without what it waits for others."""
 
 from __future__ import annotations
 
@@ -35,6 +35,22 @@ def test_only_what_was_asked_for_is_timed() -> None:
     assert 0 < seconds < 60
     assert rows == 4
     assert math.isnan(pace.take()[0])
+
+
+def test_a_backward_pass_is_counted_with_the_forward_pass_that_was_timed() -> None:
+    pace = Pace(torch.device("cpu"))
+    pace.ask()
+    with pace.of_forward(4):
+        pass
+    with pace.of_backward():
+        time.sleep(0.02)
+    with pace.of_forward(4):  # a later micro-batch
+        pass
+    with pace.of_backward():
+        pass
+    assert len(pace._passes) == 1
+    assert len(pace._passes[0][1]) == 2
+    assert 0.02 <= pace.take()[0]
 
 
 def test_inside_blocks_nothing_around_them_counts() -> None:

@@ -187,6 +187,26 @@ def test_a_slow_rank_is_named(troubled: Train, tmp_path: Path) -> None:
     assert "times what it takes the others" in told
 
 
+def test_a_run_stops_with_everything_saved_because_of_a_slow_rank(troubled: Train, tmp_path: Path) -> None:
+    """It is slow in the backward pass; started again, on what should be other machines, the run goes on."""
+    policy = ["health.compare_paces_every_steps=4", "batch.micro_samples=3"]
+    ended = troubled("slow-backward:1", *policy, "health.slow_rank=stop", "run.steps=40", workers=2)
+    run = tmp_path / "run"
+    assert ended.code == 75, ended.err
+    assert columns(run, "stragglers") == {12: [1]}
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert outcome["exit_code"] == 75
+    assert outcome["reason"].startswith(f"stopped after step {outcome['step']} of 40: rank 1 (")
+    assert f"lockstep: {outcome['reason']}" in ended.err
+    assert 12 < outcome["step"] <= 15
+    assert checkpoints(run)[-1] == f"step-{outcome['step']:08d}"
+    ignored = troubled("slow-backward:1", *policy, "health.slow_rank=ignore", "run.steps=30", "--allow-change",
+                       "--resume", "auto", workers=2).succeeded()  # fmt: skip
+    assert columns(run, "slowest_rank")[28] == 1
+    assert list(columns(run, "stragglers")) == [12]
+    assert "is slow" not in ignored.err
+
+
 def test_a_run_may_be_examined_before_it_trains(troubled: Train, tmp_path: Path) -> None:
     ended = troubled("", "health.preflight=warn", "run.steps=2").succeeded()
     (told,) = [line for line in ended.err.splitlines() if line.startswith("preflight: ")]

@@ -234,6 +234,8 @@ class Troubled(WithMethods):
             with torch.no_grad():
                 self.output.weight.view(torch.int32)[3, 5] ^= 1
         logits = super().forward(tokens)
+        if kind == "slow-backward" and training and alone and logits.requires_grad:
+            logits.register_hook(lambda gradient: time.sleep(0.2))
         if kind == "infinite" and here:
             with torch.no_grad():
                 self.output.bias[2] = float("inf")
