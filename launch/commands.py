@@ -1,11 +1,10 @@
-"""The `lockstep` command. Imports no torch: help and a bad recipe answer at once."""
+"""What the `lockstep` command can do. Imports no torch: help and a bad recipe answer at once."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import select
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +16,14 @@ from launch.arguments import (
     training_command_line,
 )
 from launch.data_arguments import add_data_commands, add_datasets, add_prepare_command
-from launch.exit_codes import DO_NOT_RESTART, FAILED, STOPPED_EARLY, USAGE
+from launch.exit_codes import DO_NOT_RESTART, FAILED, USAGE
+from launch.stop_signals import answering_stop_signals
 from launch.submit_arguments import add_submission_commands
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code. Where nobody reads its output any more, as before `head`, it ends quietly."""
+def run_command(argv: Sequence[str] | None) -> int:
+    """Runs a command and returns its exit code. Where nobody reads its output any more, as before `head`, it ends quietly;
+    KeyboardInterrupt where it was interrupted."""
     try:
         try:
             return _run(argv)
@@ -48,13 +49,13 @@ def _run(argv: Sequence[str] | None) -> int:
     sys.path.append(str(Path.cwd()))
     arguments = parse_with_overrides(_make_parser(), argv)
     try:
-        return arguments.run(arguments)
+        if arguments.run is _train:
+            return _train(arguments)
+        with answering_stop_signals():
+            return arguments.run(arguments)
     except ValueError as error:
         print(f"lockstep: error: {error}", file=sys.stderr)
         return _exit_code(error)
-    except KeyboardInterrupt:
-        print("lockstep: interrupted; what was finished is intact", file=sys.stderr)
-        return STOPPED_EARLY
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -166,6 +167,7 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction[argparse.Argum
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    """Requests to stop are answered while data is prepared and then by the supervisor; in between they wait."""
     from distrib.capabilities import count_shards
     from distrib.launchers import refuse_to_start_workers
     from launch.debug_command import debug, refuse_alone
@@ -175,7 +177,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
     refuse_to_start_workers(one_process=arguments.debug)
     if arguments.debug:
-        return debug(arguments)
+        with answering_stop_signals():
+            return debug(arguments)
     refuse_alone(arguments)
     config = load_recipe(arguments.recipe, arguments.overrides)
     resume = decide_resume(config, arguments.resume)
@@ -186,8 +189,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from launch.preparing import open_streams  # takes NumPy and Arrow along: a bad recipe must not wait for them
 
     # Until there are workers to ask, a request to stop is answered as Ctrl-C is: preparing leaves nothing half-done.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    open_streams(config.data, tell_changes=resume.begins_anew)
+    with answering_stop_signals(as_interrupts=True):
+        open_streams(config.data, tell_changes=resume.begins_anew)
     return supervise(training_command_line(arguments), workers, config, resume)
 
 
@@ -270,7 +273,3 @@ def _exit_code(error: ValueError) -> int:
     from distrib.manifest import BadCheckpoint
 
     return DO_NOT_RESTART if isinstance(error, CorruptData | BadCheckpoint) else USAGE
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -25,6 +25,7 @@ MAY_IMPORT = {
 WITHOUT_TORCH = (
     "launch.auditing",
     "launch.cli",
+    "launch.commands",
     "launch.config",
     "launch.data_commands",
     "launch.data_order",

@@ -6,6 +6,7 @@ import fcntl
 import json
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,10 @@ def test_a_request_that_comes_before_the_workers_listen_is_heard(
 
 
 def test_a_request_while_preparing_data_ends_with_75(recipe: Path, tmp_path: Path) -> None:
+    _ask_while_preparing(signal.SIGTERM, recipe, tmp_path)
+
+
+def _ask_while_preparing(number: signal.Signals, recipe: Path, tmp_path: Path) -> None:
     """It waits for another process that prepares the same dataset."""
     lock = tmp_path / ".made.lock"
     with lock.open("w") as held:
@@ -66,12 +71,56 @@ def test_a_request_while_preparing_data_ends_with_75(recipe: Path, tmp_path: Pat
         arguments = ["train", recipe, f"data.directory={tmp_path / 'made'}"]
         with started(LOCKSTEP, *arguments, *ENDLESS, cwd=tmp_path) as process:
             wait_until(lambda: _waits_for_lock(process.pid), "waiting for the other preparation")
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
             _, err = process.communicate(timeout=60)
     assert process.returncode == 75
     assert err.splitlines()[-1] == "lockstep: interrupted; what was finished is intact"
     assert not (tmp_path / "made").exists()
     assert not (tmp_path / "run").exists()
+
+
+def _is_held_back(pid: int) -> bool:
+    """Whether our first line has run: until then a signal finds only the interpreter, which dies of it."""
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    caught = int(status["SigBlk"], 16) | int(status["SigCgt"], 16)
+    return bool(caught & 1 << (signal.SIGUSR1 - 1))
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
+)
+def test_a_request_that_comes_before_anything_is_there_ends_with_75(
+    number: signal.Signals, recipe: Path, tmp_path: Path
+) -> None:
+    """As early as it can be heard, and then later and later, until the workers have been started for some time."""
+    for place, delay in enumerate((0.0, 0.1, 0.5, 1.5)):
+        run = tmp_path / f"run-{place}"
+        arguments = ["train", recipe, f"run.directory={run}", "run.steps=1000000", "--workers", 2]
+        with started(LOCKSTEP, *arguments, cwd=tmp_path) as process:
+            wait_until(lambda: _is_held_back(process.pid), "the first line of ours")
+            time.sleep(delay)
+            process.send_signal(number)
+            _, err = process.communicate(timeout=60)
+        assert process.returncode == 75, (delay, err)
+        assert "Traceback" not in err, (delay, err)
+        if run.exists():
+            assert_stopped_with_everything_saved(process.returncode, err, run)
+        else:
+            assert err == "lockstep: interrupted; what was finished is intact\n"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_ctrl_c_while_a_command_is_imported_is_a_line(command: str, tmp_path: Path) -> None:
+    with started(LOCKSTEP, command, "run", cwd=tmp_path) as process:
+        wait_until(lambda: _is_held_back(process.pid), "the first line of ours")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (75, "lockstep: interrupted; what was finished is intact\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_any_request_while_preparing_data_ends_with_75(number: signal.Signals, recipe: Path, tmp_path: Path) -> None:
+    _ask_while_preparing(number, recipe, tmp_path)
 
 
 def _waits_for_lock(pid: int) -> bool:
