@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.config import SPLIT_PATTERN
@@ -22,6 +21,7 @@ FORMAT_VERSION: Literal[2] = 2
 MANIFEST_NAME = "manifest.json"
 BLOCK_BYTES = 1 << 20
 _LONGEST_NAME = 255
+_TOKEN_BYTES = {"uint16": 2, "uint32": 4}
 RESTORE = "re-run `lockstep prepare` into a new directory or restore the file"
 
 
@@ -188,7 +188,7 @@ def check_shard(shard: ShardEntry, dtype: str | None) -> None:
     else:
         if shard.tokens is None or shard.docs is None or shard.batch_offsets is not None:
             raise ValueError(f"{shard.data.name}: not the entry of a token shard")
-        if shard.data.bytes != shard.tokens * np.dtype(dtype).itemsize:
+        if shard.data.bytes != shard.tokens * _TOKEN_BYTES[dtype]:
             raise ValueError(f"{shard.data.name}: its size is not that of {shard.tokens} {dtype} tokens")
         if shard.docs.bytes != shard.documents * 8:
             raise ValueError(f"{shard.docs.name}: {shard.docs.bytes} bytes are not {shard.documents} offsets")

@@ -1,8 +1,6 @@
 """Preparation: sources become a directory of shards with a manifest, completely or not at all. Imports no torch."""
 
 import contextlib
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -11,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data.addresses import is_remote
 from data.build import Job
-from data.config import IMAGE_KINDS, DataConfig, bpe_size
+from data.config import DataConfig, bpe_size
 from data.dataset_files import finish_dataset, sync_directory
-from data.manifest import FORMAT_VERSION, TokenizerEntry
+from data.manifest import TokenizerEntry
+from data.naming import identity_of, prepared_directory
 from data.origin import state_of
 from data.place import (
     FULL,
@@ -30,10 +28,10 @@ from data.place import (
     workspaces_of,
 )
 from data.schedule import UnitSchedule, Verification, Watch
-from data.sources import Source, common_class_names, open_source, source_state
+from data.sources import Source, common_class_names, open_source
 from data.store import LocalStore, read_manifest
 from data.tokenizers import Tokenizer
-from data.units import Plan, Unit, fraction_of, make_plan, plan_units
+from data.units import Plan, Unit, make_plan, plan_units
 from data.vocabulary import Tell, identify_tokenizer, place_tokenizer, tokenizer_there
 from data.workers import work_through
 from data.workspace import GroupRecord, Workspace, directory_name, tokenizer_hash
@@ -57,33 +55,6 @@ class Part:
     def owns(self, group: int) -> bool:
         """Whether a group is this part's to make."""
         return group % self.of == self.number - 1
-
-
-def prepared_directory(config: DataConfig) -> Path:
-    """Where the dataset lies or will lie: `config.directory`, or a name made from all that determines its bytes."""
-    if is_remote(config.directory):
-        raise ValueError(f"{config.directory}: datasets are prepared on a local disk; prepare there, then copy it")
-    if config.directory is not None:
-        return Path(config.directory)
-    state = [source_state(source.address) for source in config.sources]
-    identity = _identity(config) | {"format_version": FORMAT_VERSION, "state": state}
-    tokenizer_file = Path(config.tokenizer).expanduser()
-    if tokenizer_file.is_file():
-        identity["tokenizer_sha256"] = hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", config.source_text).strip("-").lower()[-40:].strip("-")
-    return Path("prepared") / f"{slug}-{digest}"
-
-
-def _identity(config: DataConfig) -> dict[str, object]:
-    """What determines the bytes of a dataset, beside the sources' content."""
-    images = all(source.address.kind in IMAGE_KINDS for source in config.sources)
-    return {
-        "source": [source.given for source in config.sources],
-        "tokenizer": None if images else config.tokenizer,
-        "validation_fraction": fraction_of(config),
-        "shard_bytes": config.shard_bytes,
-    }
 
 
 def prepare(
@@ -335,7 +306,7 @@ def _is_prepared(directory: Path, config: DataConfig) -> bool:
         "validation_fraction": manifest.validation_fraction,
         "shard_bytes": manifest.shard_bytes,
     }
-    for key, asked in _identity(config).items():
+    for key, asked in identity_of(config).items():
         if found[key] != asked and not (key == "tokenizer" and found[key] is None):  # images have no tokenizer
             raise ValueError(
                 f"{directory}: prepared with data.{key} {found[key]!r}, but the recipe has {asked!r}; "

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from data.config import DataConfig
 from data.manifest import FORMAT_VERSION
+from data.naming import fraction_of
 from data.source_reading import UnitInput
 from data.sources import Source, common_class_names
 
@@ -152,12 +153,6 @@ def make_plan(
         units_hash=_hash_of(units),
         groups=plan_groups(units, config.shard_bytes / ratio),
     )
-
-
-def fraction_of(config: DataConfig) -> float | None:
-    """The validation fraction; None where no source is divided."""
-    divided = any(source.into is None for source in config.sources)
-    return config.validation_fraction if divided else None
 
 
 def _planned(source: Source, seen: str | None) -> PlannedSource:

@@ -12,6 +12,7 @@ from pathlib import Path
 from data.build import split_of, utf8
 from data.config import DataConfig
 from data.manifest import FORMAT_VERSION, TokenizerEntry
+from data.naming import fraction_of
 from data.source_reading import Document, read_unit
 from data.sources import Source, open_source, source_state
 from data.tokenizers import (
@@ -23,7 +24,7 @@ from data.tokenizers import (
     tokenizer_entry,
     train_bpe,
 )
-from data.units import Unit, fraction_of, input_of, plan_units
+from data.units import Unit, input_of, plan_units
 from data.workspace import TokenizerRecord, Workspace, is_intact
 
 # A vocabulary does not get better from more text than this, but training it takes memory for it.

@@ -168,6 +168,7 @@ def _add_checkpoint_commands(commands: argparse._SubParsersAction[argparse.Argum
 
 def _train(arguments: argparse.Namespace) -> int:
     """Requests to stop are answered while data is prepared and then by the supervisor; in between they wait."""
+    from data.naming import all_is_there
     from distrib.capabilities import count_shards
     from distrib.launchers import refuse_to_start_workers
     from launch.debug_command import debug, refuse_alone
@@ -186,11 +187,12 @@ def _train(arguments: argparse.Namespace) -> int:
     if workers < 1:
         raise ValueError(f"--workers {workers}: must be at least 1")
     count_shards(config.parallel, workers)
-    from launch.preparing import open_streams  # takes NumPy and Arrow along: a bad recipe must not wait for them
-
     # Until there are workers to ask, a request to stop is answered as Ctrl-C is: preparing leaves nothing half-done.
     with answering_stop_signals(as_interrupts=True):
-        open_streams(config.data, tell_changes=resume.begins_anew)
+        if not all_is_there(config.data):
+            from launch.preparing import open_streams  # takes NumPy and Arrow along
+
+            open_streams(config.data, tell_changes=resume.begins_anew)
     return supervise(training_command_line(arguments), workers, config, resume)
 
 

@@ -15,8 +15,8 @@ from data.audit import open_audited, position_after, refuse_streamed
 from data.dataset import open_dataset
 from data.examples import Examples
 from data.manifest import MANIFEST_NAME, Manifest
+from data.naming import prepared_directory
 from data.plan import Plan
-from data.prepare import prepared_directory
 from data.samples import Dataset
 from data.steps import Share, Steps
 from data.store import Store, open_store, read_manifest

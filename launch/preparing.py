@@ -12,9 +12,10 @@ from pathlib import Path
 from data.addresses import is_remote
 from data.config import IMAGE_KINDS, DataConfig
 from data.manifest import MANIFEST_NAME, Manifest
+from data.naming import prepared_directory
 from data.origin import changed_sources, refuse_other_tokenizer
 from data.packing import ensure_packing
-from data.prepare import Part, merge, prepare, prepared_directory
+from data.prepare import Part, merge, prepare
 from data.schedule import Progress
 from data.store import LocalStore, Store, open_store, read_manifest
 from data.vocabulary import prepare_tokenizer

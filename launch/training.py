@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from data.addresses import is_remote
+from data.naming import all_is_there
 from data.plan import Plan
 from data.stream import evaluation_batches
 from distrib.checkpoint import Checkpoint, load_tensors, newest_good_checkpoint, open_checkpoint
@@ -83,7 +84,7 @@ def run_attempt(
     if world.rank == 0:
         observe(clock.hear)
     told = supervised is not None or not resume.begins_anew
-    on_rank_zero(world, lambda: open_streams(config.data, tell_changes=not told))
+    on_rank_zero(world, lambda: all_is_there(config.data) or open_streams(config.data, tell_changes=not told))
     materials = together(world, lambda: open_materials(config, open_streams(config.data)))
     restarted = supervised is not None and supervised.restarts > 0
     claimed = on_rank_zero(world, lambda: claim(config, resume, restarted=restarted))

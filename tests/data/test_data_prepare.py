@@ -13,7 +13,8 @@ from data.build import split_of
 from data.config import DataConfig
 from data.dataset import open_dataset
 from data.errors import CorruptData
-from data.prepare import Part, prepare, prepared_directory
+from data.naming import prepared_directory
+from data.prepare import Part, prepare
 from data.schedule import Progress
 from data.store import LocalStore, read_manifest
 from tests.data.data_helpers import contents, lorem, token_config, write_jsonl
