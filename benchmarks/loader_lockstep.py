@@ -13,7 +13,6 @@ from data.dataset import open_dataset
 from data.digest import EMPTY_DIGEST, chain
 from data.image_config import AugmentationConfig, RandomResizedCropConfig
 from data.plan import Plan, Segment, StreamPart
-from data.prepare import prepare
 from data.samples import Dataset
 from data.store import LocalStore
 from data.stream import Stream
@@ -40,6 +39,8 @@ def config_of(root: Path, kind: str, workers: int = 0) -> DataConfig:
 
 def prepare_corpus(root: Path, kind: str) -> None:
     """Prepare a corpus as `lockstep prepare` does."""
+    from data.prepare import prepare  # takes libraries along that a contender reads without
+
     prepare(config_of(root, kind))
 
 

@@ -38,7 +38,7 @@ class Loss(NamedTuple):
 # Why we are not first, by kind, column and, where it depends on that, workers.
 EXPLANATIONS: dict[tuple[str, str] | tuple[str, str, int], str] = {
     ("tokens", "first_batch_ms"): (
-        "The stream imports pydantic, pyarrow and xxhash beside torch, opens the dataset through its manifest, and checks "
+        "The stream imports pydantic and xxhash beside torch, opens the dataset through its manifest, and checks "
         "each block of 1 MiB that the first batch touches: 32 samples in random places touch about 32 of them."
     ),
     ("tokens", "start_seconds"): (
@@ -51,7 +51,7 @@ EXPLANATIONS: dict[tuple[str, str] | tuple[str, str, int], str] = {
     ("tokens", "tree_mb"): (
         "Proportional memory counts the mapped corpus, of which a loader that reads little has little. The stream has also read "
         "more of it than a slow loader did in the same time, keeps three chunks of up to 4 MiB, and its process has more "
-        "libraries loaded (pyarrow, pydantic)."
+        "libraries loaded (pydantic, with images Arrow)."
     ),
     ("tokens", "speed", 0): (
         "A loader that hands out a batch as one gather from one file, without hashes of samples, checks of blocks and "

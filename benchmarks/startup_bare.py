@@ -1,4 +1,4 @@
-"""The bare script that startup is compared with: torch, NumPy and Arrow imported, a GPT of the given sizes built, one step.
+"""The bare script that startup is compared with: torch and NumPy imported, a GPT of the given sizes built, one step.
 
     python benchmarks/startup_bare.py LAYERS WIDTH HEADS VOCABULARY SAMPLES TOKENS
 
@@ -10,7 +10,6 @@ import sys
 import time
 
 import numpy as np
-import pyarrow  # noqa: F401 - what a loader of datasets imports
 import torch
 import torch.nn.functional as F
 from torch import nn

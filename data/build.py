@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from data.image_shards import ImageShard, ImageShardWriter
 from data.manifest import ShardEntry, TokenizerEntry, check_shard
 from data.pictures import GREY_MODES, decode
-from data.shards import ImageShard, ImageShardWriter, TokenShardWriter
+from data.shards import TokenShardWriter
 from data.source_reading import Document, EncodedImage, UnitInput, read_unit
 from data.store import LocalStore
 from data.tokenizers import Tokenizer, open_tokenizer

@@ -6,9 +6,10 @@ import numpy as np
 import numpy.typing as npt
 
 from data.errors import CorruptData
+from data.image_shards import ImageShard
 from data.manifest import RESTORE, Manifest, ShardEntry, Split
 from data.pictures import decode
-from data.shards import CheckedFile, ImageShard, read_document_ends
+from data.shards import CheckedFile, read_document_ends
 from data.store import Store
 from data.tokenizers import Tokenizer, load_tokenizer
 

@@ -11,12 +11,12 @@ from PIL import Image
 from data.augment import augmentation_words, augmented, evaluated
 from data.config import DataConfig
 from data.errors import CorruptData
+from data.image_shards import ImageShard
 from data.manifest import RESTORE, ImagesEntry, Manifest, Split
 from data.mixing import mix
 from data.open_shards import OpenShards
 from data.pictures import Mode, decode
 from data.samples import Choices, DatasetFacts, Fields, Hashes, SampleIds, check_range
-from data.shards import ImageShard
 from data.store import Store
 
 

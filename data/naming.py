@@ -1,5 +1,7 @@
-"""Where the dataset of a recipe lies, and by what that is decided. Imports neither NumPy nor Arrow, so that a run which finds all
-that it needs can start at once."""
+"""Where the dataset of a recipe lies, by what that is decided, and whether it is there.
+
+Imports neither NumPy nor Arrow, so that a run which finds all that it needs starts at once.
+"""
 
 import hashlib
 import json
@@ -9,7 +11,9 @@ from pathlib import Path
 from data.addresses import is_remote
 from data.config import IMAGE_KINDS, DataConfig
 from data.manifest import FORMAT_VERSION, MANIFEST_NAME
+from data.place import exists
 from data.sources import source_state
+from data.store import LocalStore, read_manifest
 
 
 def prepared_directory(config: DataConfig) -> Path:
@@ -37,6 +41,26 @@ def identity_of(config: DataConfig) -> dict[str, object]:
         "validation_fraction": fraction_of(config),
         "shard_bytes": config.shard_bytes,
     }
+
+
+def is_prepared(directory: Path, config: DataConfig) -> bool:
+    """Whether the dataset is there already; a ValueError if the directory holds anything else."""
+    if not exists(directory):
+        return False
+    manifest = read_manifest(LocalStore(directory))
+    found: dict[str, object] = {
+        "source": [source.address for source in manifest.sources],
+        "tokenizer": manifest.tokenizer.spec if manifest.tokenizer else None,
+        "validation_fraction": manifest.validation_fraction,
+        "shard_bytes": manifest.shard_bytes,
+    }
+    for key, asked in identity_of(config).items():
+        if found[key] != asked and not (key == "tokenizer" and found[key] is None):  # images have no tokenizer
+            raise ValueError(
+                f"{directory}: prepared with data.{key} {found[key]!r}, but the recipe has {asked!r}; "
+                "change the recipe or choose another data.directory"
+            )
+    return True
 
 
 def fraction_of(config: DataConfig) -> float | None:

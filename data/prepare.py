@@ -13,7 +13,7 @@ from data.build import Job
 from data.config import DataConfig, bpe_size
 from data.dataset_files import finish_dataset, sync_directory
 from data.manifest import TokenizerEntry
-from data.naming import identity_of, prepared_directory
+from data.naming import is_prepared, prepared_directory
 from data.origin import state_of
 from data.place import (
     FULL,
@@ -78,7 +78,7 @@ def prepare(
     directory = prepared_directory(config)
     call = _Call(directory, len(os.sched_getaffinity(0)) if workers is None else workers, watch, tell or _ignore)
     refuse_unfit(directory)
-    if _is_prepared(directory, config):
+    if is_prepared(directory, config):
         remove_leftovers(directory)
         return directory
     with in_one_line(directory):
@@ -87,7 +87,7 @@ def prepare(
             _prepare_part(config, part, call)
             return directory
         with locked(directory), lock_removed_with_all_else(directory):
-            if not _is_prepared(directory, config):  # another process may have made it while this one waited
+            if not is_prepared(directory, config):  # another process may have made it while this one waited
                 _prepare_whole(config, call)
             clean_up(directory)
     return directory
@@ -293,26 +293,6 @@ def _refuse_missing(workspace: Workspace, directory: Path, plan: Plan, groups: S
         f"{directory}: {len(groups)} of {len(plan.groups)} groups are {what} ({shown}); run "
         f"{' or '.join(again) or '`lockstep prepare`'} again, then merge"
     )
-
-
-def _is_prepared(directory: Path, config: DataConfig) -> bool:
-    """Whether the dataset is there already; a ValueError if the directory holds anything else."""
-    if not exists(directory):
-        return False
-    manifest = read_manifest(LocalStore(directory))
-    found: dict[str, object] = {
-        "source": [source.address for source in manifest.sources],
-        "tokenizer": manifest.tokenizer.spec if manifest.tokenizer else None,
-        "validation_fraction": manifest.validation_fraction,
-        "shard_bytes": manifest.shard_bytes,
-    }
-    for key, asked in identity_of(config).items():
-        if found[key] != asked and not (key == "tokenizer" and found[key] is None):  # images have no tokenizer
-            raise ValueError(
-                f"{directory}: prepared with data.{key} {found[key]!r}, but the recipe has {asked!r}; "
-                "change the recipe or choose another data.directory"
-            )
-    return True
 
 
 @contextlib.contextmanager

@@ -11,11 +11,12 @@ import numpy.typing as npt
 import xxhash
 
 from data.errors import CorruptData, NoRoom, Unavailable
+from data.image_shards import ImageShard
 from data.manifest import BLOCK_BYTES, MANIFEST_NAME, RESTORE, FileEntry, Manifest, ShardEntry
 from data.origin import ORIGIN_NAME
 from data.packed_shard import PackedShard
 from data.packing import LOCK_NAME, PackedShardEntry, head_name, read_packing
-from data.shards import CheckedFile, ImageShard, read_document_ends
+from data.shards import CheckedFile, read_document_ends
 from data.store import Store, open_fresh_store, read_manifest
 from data.tokenizers import load_tokenizer
 

@@ -190,7 +190,7 @@ def _train(arguments: argparse.Namespace) -> int:
     # Until there are workers to ask, a request to stop is answered as Ctrl-C is: preparing leaves nothing half-done.
     with answering_stop_signals(as_interrupts=True):
         if not all_is_there(config.data):
-            from launch.preparing import open_streams  # takes NumPy and Arrow along
+            from launch.streams import open_streams  # takes NumPy along
 
             open_streams(config.data, tell_changes=resume.begins_anew)
     return supervise(training_command_line(arguments), workers, config, resume)

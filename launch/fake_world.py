@@ -25,7 +25,7 @@ from launch.debug import show_first
 from launch.feed import make_feed
 from launch.materials import Materials, open_materials
 from launch.planning import segment_of
-from launch.preparing import open_streams
+from launch.streams import open_streams
 from launch.tables import format_table
 
 # The first lays everything out as it stays: DDP makes its buckets anew after its first backward pass.

@@ -39,7 +39,6 @@ from launch.ledger import Ledger
 from launch.materials import Materials, open_materials
 from launch.meter import Meter
 from launch.planning import PLAN_FILE, continue_plan, plan_file_bytes, segment_of
-from launch.preparing import open_streams
 from launch.recipe import dump_recipe, parse_recipe
 from launch.resume import refuse_impossible_changes
 from launch.run_directory import (
@@ -52,6 +51,7 @@ from launch.run_directory import (
     ever_checkpointed,
 )
 from launch.stopping import StopRequest
+from launch.streams import open_streams
 from launch.summary import tell_summary
 from launch.supervised import Supervised
 from launch.together import on_rank_zero, together

@@ -27,10 +27,10 @@ from PIL import Image
 from data.config import DataConfig
 from data.dataset import open_dataset
 from data.examples import Examples
+from data.image_shards import IMAGE_SCHEMA
 from data.manifest import BLOCK_BYTES, fingerprint_of, parse_manifest
 from data.packing import ensure_packing
 from data.prepare import prepare
-from data.shards import IMAGE_SCHEMA
 from data.store import LocalStore, read_manifest
 from data.tokenizers import load_tokenizer
 from data.verification import Verifier, items_of, packed_items, packings_among, unlisted_files
