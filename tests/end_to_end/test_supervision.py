@@ -199,7 +199,7 @@ def test_a_rank_that_leaves_before_the_end_has_failed_whatever_its_exit_code(
     assert (died["cause"], died["exit_code"], died["phase"], died["step"]) == ("exit", 0, "forward", 20)
     assert str(died["rank"]) in ranks
     reason = f"rank {died['rank']} ended with exit code 0 in forward at step 20, before the run's end"
-    assert ended.told[0] == f"lockstep: {reason}; starting again (1 of 3)"
+    assert f"lockstep: {reason}; starting again (1 of 3)" in ended.told
     assert len(attempts(run)) == 2
 
 
@@ -270,7 +270,7 @@ def test_what_a_worker_says_of_its_end_counts_whatever_the_clock_says(recipe: Pa
     env = at_a_moment("forward", 20, "raise RuntimeError('a mistake of mine')", tmp_path, attempts=9)
     ended = command(*command_line, recipe, "run.directory=run", *RESTARTED, cwd=tmp_path, env=env)
     assert ended.code == 78, ended.err
-    assert ended.told[0] == "lockstep: rank 1 failed: RuntimeError: a mistake of mine; starting again (1 of 3)"
+    assert "lockstep: rank 1 failed: RuntimeError: a mistake of mine; starting again (1 of 3)" in ended.told
     died = read_json(tmp_path / "run" / "post-mortem.json")
     assert [one["cause"] for one in (died, *died["earlier"])] == ["exception"] * 2
     assert died["exception"]["message"] == "a mistake of mine"
@@ -283,7 +283,8 @@ def test_a_damaged_identity_ends_the_command_with_78_and_a_damaged_post_mortem_e
     run.mkdir()
     (run / "post-mortem.json").write_text("{torn")
     env = at_a_moment("forward", 7, "open('run/run.json', 'w').write('{torn'); os._exit(3)", tmp_path)
-    arguments = ["train", recipe, "run.directory=run", *RESTARTED]
+    # No checkpoint is being written when the run ends, which would be told, too.
+    arguments = ["train", recipe, "run.directory=run", "checkpoint.every_steps=40", *RESTARTED]
     ended = lockstep(*arguments, cwd=tmp_path, env=env)
     assert ended.code == 78, ended.err
     assert "Traceback" not in ended.err
