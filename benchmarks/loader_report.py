@@ -62,6 +62,11 @@ EXPLANATIONS: dict[tuple[str, str] | tuple[str, str, int], str] = {
         "speed",
         0,
     ): "grain decodes in 16 threads of its own, on all cores; the others, like the stream, in one.",
+    ("images", "speed", 2): (
+        "The others' workers are processes. Here they are two threads of one interpreter, which take turns at what is not "
+        "Pillow's (the draws and the hash of each image, its place in the batch), and wait for each other at the end of a chunk; "
+        "in return a batch is never copied between processes, and is the same for any number of workers."
+    ),
     ("images", "first_batch_ms"): (
         "As for tokens; and the first chunk is decoded before the first step is handed out."
     ),
