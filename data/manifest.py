@@ -232,5 +232,5 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
         return Manifest.model_validate_json(json.dumps(stored))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = repr(".".join(str(part) for part in first["loc"]))[1:-1]  # a key may hold line ends
         raise CorruptData(f"{path}: {where}: {first['msg']}; {RESTORE}") from None

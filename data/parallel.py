@@ -27,6 +27,7 @@ def each(
         return
     rest, handed_out = enumerate(jobs), 0
     replies: dict[int, Reply] = {}
+    errors: dict[int, BaseException] = {}  # the last one that each process told
     with started(make, setting, workers) as children:
         asked: dict[int, deque[int]] = {child.pid: deque() for child in children}
         for wanted in itertools.count():
@@ -42,9 +43,15 @@ def each(
                     try:
                         reply = child.hear()
                     except ChildEnded as ended:
+                        if (
+                            child.pid in errors
+                        ):  # it could not begin, and said so in reply to a later job than is wanted
+                            raise errors[child.pid] from None
                         raise ValueError(
                             f"a worker process {ended}; if memory ran out, try again with fewer --workers"
                         ) from None
+                    if reply[0] == "error":
+                        errors[child.pid] = reply[1]
                     # A child that has no job can only fail at getting ready for one.
                     replies[asked[child.pid].popleft() if asked[child.pid] else wanted] = reply
             kind, value = replies.pop(wanted)

@@ -257,6 +257,14 @@ def test_a_forged_manifest(originals: dict[str, Path], tmp_path: Path, kind: str
             verify_tells(directory)
 
 
+def test_a_key_with_a_line_end_is_told_in_a_line(originals: dict[str, Path], tmp_path: Path) -> None:
+    with forged(originals["tokens"], tmp_path) as directory:
+        manifest = manifest_of(directory)
+        manifest["unknown\nkey"] = None
+        sign(directory, manifest)
+        refused_in_a_line(directory, "tokens")
+
+
 @FUZZ
 @given(
     st.binary(max_size=300) | st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
