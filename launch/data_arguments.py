@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from data.config import SOURCE_FORMS
-from launch.stopping import stopped_as_by_ctrl_c
+from launch.stop_signals import answering_stop_signals
 
 
 def add_prepare_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -139,7 +139,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         )
     from launch.preparing import pack_and_tell
 
-    with stopped_as_by_ctrl_c():
+    with answering_stop_signals(as_interrupts=True):
         directory = prepare_or_tell(config, workers=workers, part=part)
         pack_and_tell(directory, arguments.pack_tokens)
     print(directory)
@@ -150,7 +150,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     workers = _count_workers(arguments.workers)
     from launch.preparing import merge_and_tell, pack_and_tell
 
-    with stopped_as_by_ctrl_c():
+    with answering_stop_signals(as_interrupts=True):
         directory = merge_and_tell(arguments.directory, workers=workers)
         pack_and_tell(directory, arguments.pack_tokens)
     print(directory)

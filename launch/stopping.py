@@ -5,27 +5,13 @@ Imports no torch, so that a worker can listen before it spends seconds on import
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _POLL_SECONDS = 0.5
-
-
-@contextlib.contextmanager
-def stopped_as_by_ctrl_c() -> Iterator[None]:
-    """Within, SIGTERM and SIGUSR1 do what Ctrl-C does: for work of which nothing is half-done, whenever it is left."""
-    signals = (signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, signal.default_int_handler) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class StopRequest:
