@@ -79,7 +79,7 @@ class Told:
     """From the fault to the end of the first step after it; None where no process had to start again."""
     seconds: float
     said: str
-    """All that its commands have printed, and the log of rank 0."""
+    """All that its commands have printed, and the logs of the ranks: what befalls any of several is told by the one it met."""
 
 
 class Ground:
@@ -232,7 +232,8 @@ def run_case(ground: Ground, directory: Path, case: Case, *, patience_seconds: f
             raise AssertionError(f"{case}\n{error}\n{site.said()}") from error
         happened = site.happened(case.main)
         restarts = site.attempts - 1
-        said = "\n".join([site.said(), (site.run / "logs" / "rank-0.log").read_text()])
+        logs = [path.read_text() for path in sorted((site.run / "logs").glob("rank-*.log"))]
+        said = "\n".join([site.said(), *logs])
         worked = [json.loads(path.read_text()) for path in site.chaos.glob("worked-*")]
     at = min((record["time"] for record in happened), default=math.inf)
     after = [record["time"] for record in worked if record["begun"] > at and case.outcome == "identical"]
