@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
+import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -46,6 +48,12 @@ class Saver:
         self._report = report
         self._snapshot = Snapshot()
         self._in_flight: Future[SaveOutcome] | None = None
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        if config.asynchronous:
+            # One for all saves: where a host's memory has run out, Python may wait for ever for a thread that it begins. It
+            # keeps nothing of this object and ends with it. A daemon: where another rank is gone, it may wait for ever.
+            threading.Thread(target=_work_off, args=(self._work,), name=SAVING_THREAD, daemon=True).start()
+            weakref.finalize(self, self._work.put, None)
 
     def begin(
         self, root: Path, state: CanonicalState, *, step: int, scalars: Mapping[str, Any], fields: Mapping[str, Any]
@@ -58,8 +66,7 @@ class Saver:
         over: Future[SaveOutcome] = Future()
         if self._config.asynchronous:
             save = partial(save, self._snapshot.take(state), world=self._world.in_save_thread(), **captured)
-            # A daemon: where another rank is gone, it may wait for ever.
-            threading.Thread(target=self._run, args=(save, step, over), name=SAVING_THREAD, daemon=True).start()
+            self._work.put(partial(self._run, save, step, over))
         else:
             self._run(partial(save, state, world=self._world, **captured), step, over)
         self._in_flight = over
@@ -93,6 +100,12 @@ class Saver:
             over.set_result(outcome)
         finally:
             enter("idle" if self._config.asynchronous else "save")
+
+
+def _work_off(work: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (save := work.get()) is not None:
+        save()
+        del save
 
 
 class Snapshot:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -241,6 +243,48 @@ def test_a_mistake_in_the_saving_thread_is_raised_where_training_waits(tmp_path:
     with pytest.raises(ArithmeticError, match="at step 1"):
         saver.finish()
     assert saver.abandon(0.0)
+
+
+_SAVE_WITHOUT_MEMORY_FOR_A_THREAD = """
+import sys
+from tests.distrib.test_saving import *
+
+engine, waiting, beside = make_engine(ALONE, ADAMW_CLIPPED), saver_of(ALONE, False), saver_of(ALONE)
+for step, saver in ((1, waiting), (2, beside)):
+    begin(saver, engine, Path(sys.argv[1]), step)
+    assert saver.finish().failure is None
+    # From here on there is room for some objects, and for no thread's stack.
+    used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used_bytes + (4 << 20), -1))
+try:
+    threading.Thread(target=print).start()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_save_needs_no_memory_for_another_thread(tmp_path: Path) -> None:
+    """Where there is some but not enough of it, Python waits for ever for a thread that it begins."""
+    done = subprocess.run(
+        [sys.executable, "-c", _SAVE_WITHOUT_MEMORY_FOR_A_THREAD, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout == "can't start new thread\n"
+    assert len(published_checkpoints(tmp_path)) == 2
+
+
+def test_the_saving_thread_ends_with_its_saver(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    saver = saver_of(ALONE)
+    begin(saver, make_engine(ALONE, ADAMW_CLIPPED), tmp_path, 1)
+    saver.finish()
+    (thread,) = set(threading.enumerate()) - before
+    del saver
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def test_a_failing_run_waits_for_a_save_only_so_long(tmp_path: Path) -> None:
