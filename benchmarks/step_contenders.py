@@ -256,6 +256,7 @@ def _run_lockstep(job: Job, config: RunConfig, materials: Materials, world: Worl
     )
     attempt = _attempt(job, config, materials, world, engine, plan)
     record: Callable[[dict[str, Any]], None] = _ignore if job.contender == PLAIN else attempt.record
+    attempt.health.watch_data(stream.making_time)
     watching = _OwnTime()
     for name in ("vitals", "judge"):
         setattr(attempt.health, name, watching.of(getattr(attempt.health, name)))

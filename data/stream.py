@@ -12,6 +12,7 @@ import torch
 
 from data.digest import STREAM_SHIFT, fold_samples, mix_samples
 from data.lookahead import LookAhead
+from data.making_time import MakingTime
 from data.plan import Plan
 from data.prefetch import Prefetch
 from data.reading import Reader
@@ -121,6 +122,7 @@ class Stream:
         self._position, self._stop_position = position, stop_position
         self._count_items, self._reduce_items = count_items, reduce_items
         self._pin_memory = pin_memory
+        self.making_time = MakingTime()
         self._check_micro_samples()
         self._reader = Reader(datasets, plan, position, stop_position)
         self._steps = Steps(
@@ -189,6 +191,10 @@ class Stream:
     def _make_chunk(self, block: StepBlock, start: int, stop: int) -> Iterator[GlobalStep]:
         """Steps [start, stop) of a block. All that takes time is done here, but the consumer makes the tuples, one step at
         a time and while this thread copies samples: both threads need the interpreter to make them."""
+        with self.making_time.of(stop - start, block.rows[stop] - block.rows[start]):
+            return self._make_steps(block, start, stop)
+
+    def _make_steps(self, block: StepBlock, start: int, stop: int) -> Iterator[GlobalStep]:
         self._look_ahead.go_on(block.firsts[start])
         samples, shares = block.samples.part(block.rows[start], block.rows[stop]), block.shares[start:stop]
         fields, hashes = self._reader.read(block, start, stop)
@@ -217,7 +223,7 @@ class Stream:
         return self._last_cuts
 
     def _reduce(self, counts: list[int]) -> list[int]:
-        return counts if self._reduce_items is None else self._reduce_items(counts)
+        return counts if self._reduce_items is None else self.making_time.waiting(self._reduce_items, counts)
 
     def _count(self, first: dict[str, torch.Tensor], share: Share, row: int, tensors: dict[str, torch.Tensor]) -> int:
         """Items of this rank's own samples of a step, which begin at `row` of the tensors, as its `first` batch does."""

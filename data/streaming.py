@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from data.making_time import MakingTime
 from data.parts import Part, Place
 from data.plan import Plan
 from data.prefetch import Prefetch
@@ -46,6 +47,7 @@ class StreamedSteps:
         self._rank, self._world_size, self._micro_samples = rank, world_size, micro_samples
         self._position, self._stop_position = position, stop_position
         self._count_items, self._reduce_items, self._pin_memory = count_items, reduce_items, pin_memory
+        self.making_time = MakingTime()
         each = self._parts // world_size
         seed = plan.segments[0].seed
         self._own = {
@@ -80,11 +82,12 @@ class StreamedSteps:
             position += samples
 
     def _make_chunk(self, position: int, samples: int) -> list[tuple[GlobalStep, dict[int, Place]]]:
-        step = self._make_step(position, samples)
+        share = Share.of(samples, self._rank, self._world_size, self._micro_samples)
+        with self.making_time.of(1, share.own_samples):
+            step = self._make_step(position, samples, share)
         return [(step, {number: part.place for number, part in self._own.items()})]
 
-    def _make_step(self, position: int, samples: int) -> GlobalStep:
-        share = Share.of(samples, self._rank, self._world_size, self._micro_samples)
+    def _make_step(self, position: int, samples: int, share: Share) -> GlobalStep:
         fields, hashes = self._take(samples, len(share.offsets))
         tensors = {name: torch.from_numpy(field) for name, field in fields.items()}
         if self._pin_memory:
@@ -92,7 +95,7 @@ class StreamedSteps:
         own = {name: tensor[: share.own_samples] for name, tensor in tensors.items()}
         items = [self._count_items(own) if share.own_samples else 0]
         if self._reduce_items is not None:
-            items = self._reduce_items(items)
+            items = self.making_time.waiting(self._reduce_items, items)
         # A streamed sample has no id but its position.
         positions = position + share.offsets
         read = Samples(positions, np.zeros_like(positions), np.zeros_like(positions), positions)

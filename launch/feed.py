@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from data.downloads import describe_downloads
+from data.making_time import MakingTime
 from data.plan import Plan
 from data.store import open_cache
 from data.stream import GlobalStep, Stream
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 
 class Steps(Protocol):
-    """The global steps of an attempt; to be closed."""
+    """The global steps of an attempt; to be closed. `making_time` is what this rank's part of them takes it."""
+
+    making_time: MakingTime
 
     def __iter__(self) -> Iterator[GlobalStep]: ...
     def close(self) -> None: ...

@@ -6,42 +6,25 @@ Every rank judges the same numbers, which travel with the step's own, and so com
 from __future__ import annotations
 
 import logging
-import platform
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from data.making_time import MakingTime
 from distrib.copies import checksum, odd_ranks
 from distrib.engine import CanonicalState, Engine
 from distrib.finite import not_finite
 from distrib.reduction import LIMBS, limbs_of_word, word_of_limbs
 from launch.exit_codes import DO_NOT_RESTART, FAILED, RunEnded
+from launch.findings import Findings, name_ranks
 from launch.health_config import HealthConfig
 from launch.ledger import Ledger
 from launch.spikes import Spike, SpikeDetector
+from launch.stragglers import PACE_NUMBERS, Stragglers
 
 log = logging.getLogger("lockstep")
 _SHOWN = 8
-# In how many steps before a comparison a micro-batch is timed: the median is compared.
-_TIMED_STEPS = 8
-# A rank that is slow in so many comparisons one after the other is named.
-_SLOW_IN_A_ROW = 3
-
-
-@dataclass
-class Findings:
-    """What a step's numbers show."""
-
-    columns: dict[str, Any] = field(default_factory=dict)
-    """For the step's line in `metrics.jsonl`."""
-    warnings: list[str] = field(default_factory=list)
-    ending: RunEnded | None = None
-    """What the run must end with, once the line is written."""
-    stop: str | None = None
-    """Why it must save and stop as if it had been asked to."""
 
 
 class Health:
@@ -65,31 +48,28 @@ class Health:
         self._samples = samples
         self._saved_step = saved_step
         self._spikes = SpikeDetector(config.spike_window_steps, config.spike_deviations)
-        self._slow_looks: dict[int, int] = {}
-        several = self._world.size > 1
-        self._pace_every = config.compare_paces_every_steps if several and not engine.pace.unknown_because else None
+        self._stragglers = Stragglers(config, engine)
         self._compares_copies = config.compare_replicas_every_steps is not None and engine.copies() is not None
-        if several:
-            self._say_what_is_not_watched()
-
-    def _say_what_is_not_watched(self) -> None:
-        if self._config.compare_paces_every_steps and self._engine.pace.unknown_because:
-            log.info("slow ranks are not looked for: %s", self._engine.pace.unknown_because)
-        if self._config.compare_replicas_every_steps and not self._compares_copies:
+        if self._world.size > 1 and config.compare_replicas_every_steps and not self._compares_copies:
             log.info("replicas are not compared: every weight is on one rank alone; parallel.replicas=2 would keep two")
+
+    def watch_data(self, making_time: MakingTime) -> None:
+        """From now on the ranks compare how long each takes to make its part of the steps, too."""
+        self._stragglers.watch_data(making_time)
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
-    def vitals(self) -> torch.Tensor | None:
-        """After a step was begun: what this rank tells the others of itself. (2 + LIMBS,) float64, seconds and rows of a
-        micro-batch and a checksum, in the steps in which the ranks compare either; else None."""
+    def vitals(self, data_wait_seconds: float) -> torch.Tensor | None:
+        """After a step was begun that has waited so long for its data: what this rank tells the others of itself.
+        (PACE_NUMBERS + LIMBS,) float64, how fast it is and a checksum, in the steps in which the ranks compare either; else
+        None."""
         step = self._engine.steps_done
-        if self._pace_every is not None and -(step + 1) % self._pace_every < _TIMED_STEPS:
-            self._engine.pace.ask()
-        paces, copies = self._compares_paces_at(step), self._compares_copies_at(step)
+        self._stragglers.step_was_begun(step, data_wait_seconds)
+        paces, copies = self._stragglers.compares_at(step), self._compares_copies_at(step)
         if not paces and not copies:
             return None
-        pace = torch.tensor(self._engine.pace.take() if paces else (0.0, 0.0), dtype=torch.float64)
+        own = self._stragglers.own_numbers() if paces else [0.0] * PACE_NUMBERS
+        pace = torch.tensor(own, dtype=torch.float64)
         sums = limbs_of_word(self._checksum()) if copies else torch.zeros(LIMBS, dtype=torch.float64)
         return torch.cat([pace.to(sums.device, non_blocking=True), sums])
 
@@ -101,10 +81,10 @@ class Health:
             self._judge_skip(ledger, findings)
         elif self._config.loss_spike != "ignore" and (spike := self._spikes.judge(record["loss"])) is not None:
             self._judge_spike(spike, step, findings)
-        if self._compares_paces_at(step):
-            self._judge_paces([(seconds, int(rows)) for seconds, rows, *_ in vitals], step, findings)
+        if self._stragglers.compares_at(step):
+            self._stragglers.judge([numbers[:PACE_NUMBERS] for numbers in vitals], step, findings)
         if self._compares_copies_at(step):
-            sums = [word_of_limbs(limbs) for _, _, *limbs in vitals]
+            sums = [word_of_limbs(numbers[PACE_NUMBERS:]) for numbers in vitals]
             self._judge_copies(sums, step, findings)
         return findings
 
@@ -159,43 +139,6 @@ class Health:
         saved = self._saved_step()
         return "there is no checkpoint before it" if saved is None else f"the newest checkpoint is of step {saved}"
 
-    # --- slow ranks --------------------------------------------------------------------------------------------------
-
-    def _compares_paces_at(self, step: int) -> bool:
-        return self._pace_every is not None and step % self._pace_every == 0
-
-    def _judge_paces(self, paces: Sequence[tuple[float, int]], step: int, findings: Findings) -> None:
-        """Ranks are compared where their micro-batches are as large as any: a smaller one takes less time, not in proportion."""
-        most_rows = max(rows for _, rows in paces)
-        seconds = {rank: s for rank, (s, rows) in enumerate(paces) if rows == most_rows and s > 0}
-        if len(seconds) < 2:
-            return
-        slowness = {
-            rank: own / statistics.median(s for other, s in seconds.items() if other != rank)
-            for rank, own in seconds.items()
-        }
-        slowest = max(slowness, key=lambda rank: slowness[rank])
-        findings.columns |= {"slowest_rank": slowest, "slowest_over_others": slowness[slowest]}
-        limit = self._config.straggler_factor
-        self._slow_looks = {r: self._slow_looks.get(r, 0) + 1 for r, factor in slowness.items() if factor > limit}
-        if self._config.slow_rank == "ignore":
-            return
-        stragglers = [rank for rank, looks in self._slow_looks.items() if looks >= _SLOW_IN_A_ROW]
-        if not stragglers:
-            return
-        findings.columns["stragglers"] = stragglers
-        for rank in stragglers:
-            if self._slow_looks[rank] == _SLOW_IN_A_ROW:
-                name = self._name_ranks([rank])
-                findings.warnings.append(
-                    f"step {step}: {name} is slow: its own work on a micro-batch takes it {1e3 * seconds[rank]:.3g} ms, "
-                    f"{slowness[rank]:.1f} times what it takes the others (health.straggler_factor); look at that machine"
-                )
-                if self._config.slow_rank == "stop":
-                    findings.stop = (
-                        f"{name} is slow, {slowness[rank]:.1f} times the others' time (health.slow_rank=stop)"
-                    )
-
     # --- replicas that differ ----------------------------------------------------------------------------------------
 
     def _compares_copies_at(self, step: int) -> bool:
@@ -233,11 +176,8 @@ class Health:
         for rank, one in enumerate(by_rank):
             log.error("rank %d: checksums %s", rank, {name: f"{one[name] & (2**64 - 1):016x}" for name in names})
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        return f"ranks that must hold the same bytes differ: {self._name_ranks(odd)}, in {shown or 'what has changed since'}"
-
-    def _name_ranks(self, ranks: list[int]) -> str:
-        hosts = self._world.gather_objects(platform.node())
-        return ", ".join(f"rank {rank} ({hosts[rank]})" for rank in ranks)
+        where = shown or "what has changed since"
+        return f"ranks that must hold the same bytes differ: {name_ranks(self._world, odd)}, in {where}"
 
     # --- before a checkpoint -----------------------------------------------------------------------------------------
 

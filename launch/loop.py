@@ -33,8 +33,9 @@ class Hooks:
     save: Callable[[], None]
     stop_asked: Callable[[], bool]
     """Whether this rank was asked to stop; the ranks then agree."""
-    vitals: Callable[[], torch.Tensor | None]
-    """What this rank tells the others of its health; None in most steps, on all ranks alike."""
+    vitals: Callable[[float], torch.Tensor | None]
+    """What this rank, which has waited so many seconds for the step's data, tells the others of its health; None in most steps,
+    on all ranks alike."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def train(
             fold=batch.fold,
             stop_requested=hooks.stop_asked(),
             data_wait_seconds=data_wait_seconds,
-            vitals=hooks.vitals(),
+            vitals=hooks.vitals(data_wait_seconds),
             world=world,
         )
         in_flight.append(_Flight(batch, report, meter.measure(batch.items)))

@@ -296,6 +296,7 @@ def _train(attempt: Attempt) -> None:
     if ledger.step == 0:
         attempt.evaluate()
     stream = attempt.feed.open(attempt.plan, ledger.position, _stop_position(attempt))
+    attempt.health.watch_data(stream.making_time)
     steps = iter(stream)
     if attempt.debug is not None:
         steps = show_first(steps, attempt.materials.item_name, attempt.say)

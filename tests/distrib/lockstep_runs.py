@@ -259,7 +259,7 @@ def take_steps(engine: Engine, kind: str, accumulation: int, steps: int = STEPS)
             world=world,
             meter=Meter(world.device, flops_per_item=None, peak_flops=None, ranks=world.size),
             intervals=Intervals(save_every_steps=None, evaluate_every_steps=None),
-            hooks=Hooks(records.append, lambda: None, lambda: None, lambda: False, lambda: None),
+            hooks=Hooks(records.append, lambda: None, lambda: None, lambda: False, lambda data_wait_seconds: None),
         )
     finally:
         stream.close()

@@ -31,18 +31,35 @@ from tests.end_to_end.user_models import write_user_package
 
 Train = Callable[..., Result]
 
+# Python runs a module of this name in every process at its start: reading what a step needs takes some ranks far longer.
+SLOW_SOURCE = """
+import os, sys
+
+if os.environ.get("RANK", "") in {ranks!r} and "launch.train" in sys.orig_argv:
+    import time
+    from data.reading import Reader
+
+    read = Reader.read
+
+    def slowly(self, block, start, stop):
+        time.sleep(0.2 * (stop - start))
+        return read(self, block, start, stop)
+
+    Reader.read = slowly
+"""
+
 
 @pytest.fixture
 def troubled(recipe_values: Callable[..., dict[str, Any]], tmp_path: Path, warm: WarmProcess) -> Train:
     """Trains a model that has TROUBLE, 24 steps with a checkpoint every 5, into `run` of the test's directory."""
     package = write_user_package(tmp_path / "mine")
-    path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
     values = recipe_values(run={"steps": 24}, health={"spike_window_steps": 8})
     values["model"] = {"kind": "own_package.models_of_mine:build_troubled"}
     recipe = write_recipe(tmp_path / "troubled.yaml", values)
 
-    def train(trouble: str, *more: str, workers: int = 1, run: str = "run") -> Result:
-        env = environment(PYTHONPATH=path, TROUBLE=trouble)
+    def train(trouble: str, *more: str, workers: int = 1, run: str = "run", site: Path | None = None) -> Result:
+        places = [site, package, os.environ.get("PYTHONPATH")]
+        env = environment(PYTHONPATH=os.pathsep.join(str(place) for place in places if place), TROUBLE=trouble)
         arguments = [recipe, f"run.directory={run}", *more]
         if workers == 1:
             return warm.worker(*arguments, cwd=tmp_path, env=env)
@@ -205,6 +222,24 @@ def test_a_run_stops_with_everything_saved_because_of_a_slow_rank(troubled: Trai
     assert columns(run, "slowest_rank")[28] == 1
     assert list(columns(run, "stragglers")) == [12]
     assert "is slow" not in ignored.err
+
+
+@pytest.mark.parametrize("ranks", ["1", pytest.param("01", marks=pytest.mark.long)])
+def test_a_rank_whose_data_is_slow_is_named(troubled: Train, tmp_path: Path, ranks: str) -> None:
+    """The ranks exchange counts while they make data, and so all of them wait; where all are slow, none of them is."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(SLOW_SOURCE.format(ranks=set(ranks)))
+    ended = troubled("", "health.compare_paces_every_steps=3", workers=2, site=site).succeeded()
+    told = [line for line in ended.err.splitlines() if "is slow" in line and "steps wait for data" in line]
+    if ranks == "01":
+        assert told == []
+        return
+    assert any(1 in stragglers for stragglers in columns(tmp_path / "run", "stragglers").values())
+    assert told
+    for line in told:
+        assert ": rank 1 (" in line
+        assert "times what it takes the others" in line
 
 
 def test_a_run_may_be_examined_before_it_trains(troubled: Train, tmp_path: Path) -> None:
