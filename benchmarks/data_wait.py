@@ -24,7 +24,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from benchmarks.step import describe_machine
+from benchmarks.machine import describe_machine, measured
 from launch.tracking.metrics_file import read_metrics
 
 LOCKSTEP = str(Path(sys.executable).parent / "lockstep")
@@ -120,13 +120,10 @@ def serving(folder: Path) -> Iterator[str]:
 
 def as_markdown(machine: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The results for people."""
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
         "# How long steps wait for their data",
         "",
-        f"Measured {machine['date']} by `{machine['command']}` on {machine['device']}: {machine['cpu']}, {machine['cores']} "
-        f"cores, {machine['memory_gib']} GiB, {machine['system']}; {versions}; load average before it "
-        f"{machine['load_average_before']}.",
+        measured(machine),
         "",
         "Rank 0 of real runs of shipped recipes, the first step of each left out. The share is that of the wait in all the",
         "time of the steps, their longest waits included; one core computes for each worker, and what makes batches ready",

@@ -13,7 +13,6 @@ import datetime
 import json
 import multiprocessing
 import os
-import platform
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from benchmarks.live_memory import live_bytes
+from benchmarks.machine import device
 from distrib.capabilities import count_shards
 from distrib.collectives import CollectiveCounter
 from distrib.config import OptimizerConfig, ParallelConfig, ScheduleConfig
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     output = parser.parse_args().output
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "accelerate"))
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    machine = device()
     results = {
         "measured": f"`python benchmarks/footprint.py`, {datetime.date.today()}, {machine}, {versions}",
         "cases": [record(case, measure(case)) for case in cases()],

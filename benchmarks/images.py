@@ -26,6 +26,7 @@ import torch
 from PIL import Image, features
 from sklearn.datasets import load_sample_images
 
+from benchmarks.machine import device
 from data.config import DataConfig
 from data.dataset import open_dataset
 from data.draws import integer, key_words
@@ -115,7 +116,7 @@ def measure(rounds: int) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": "python " + " ".join(["benchmarks/images.py", *sys.argv[1:]]),
-        "device": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "device": device(),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "numpy", "pillow")}
         | {"libjpeg-turbo": features.version("libjpeg_turbo")},

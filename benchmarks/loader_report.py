@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any, NamedTuple
 
+from benchmarks.machine import measured
+
 OURS, LIMIT = "lockstep", "bare"
 # Differences below this share are noise on a shared machine.
 NOISE = 0.05
@@ -126,9 +128,7 @@ def as_markdown(results: dict[str, Any]) -> str:
     lines = [
         "# The stream against other loaders",
         "",
-        f"Measured {machine['date']} in {results['seconds']:.0f} s by `{machine['command']}` on {machine['cpu']}, "
-        f"{machine['cores']} cores, {machine['memory_gib']} GiB, Python {machine['python']}; load average before it "
-        f"{machine['load_average_before']}.",
+        f"{measured(machine)} It took {results['seconds']:.0f} s.",
         "",
         f"Tokens: {settings['blocks']:,} samples of 1,024 + 1 tokens of "
         f"{'the Linux kernel' if settings['corpus'] == 'linux' else 'the standard library'}'s sources as bytes (uint16), batches "

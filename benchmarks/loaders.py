@@ -15,18 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import select
-import shlex
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.loader_environments import batches_of, make_environment, make_format, make_images, make_tokens
 from benchmarks.loader_report import as_markdown, losses
+from benchmarks.machine import describe_machine
 
 SCRIPT = Path(__file__).with_name("loader_contenders.py")
 TIMEOUT_SECONDS = 180.0
@@ -208,24 +206,6 @@ def measure(
         for contender in alive.values():
             contender.end()
     return rows
-
-
-def describe_machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    models = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join(["python", *sys.argv]),
-        "cpu": models[0] if models else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "load_average_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def versions(pythons: set[Path]) -> dict[str, list[str]]:

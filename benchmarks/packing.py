@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import device
 from data.config import DataConfig, parse_source
 from data.dataset import open_dataset
 from data.order import GlobalOrder
@@ -127,7 +128,7 @@ def measure(rounds: int, characters: int, documents: int) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": "python " + " ".join(["benchmarks/packing.py", *sys.argv[1:]]),
-        "device": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "device": device(),
         "versions": {"python": platform.python_version(), "numpy": version("numpy")},
         "rounds": rounds,
         "load_average": os.getloadavg()[0],

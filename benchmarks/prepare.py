@@ -24,6 +24,7 @@ from typing import Any
 
 import tokenizers
 
+from benchmarks.machine import device
 from data.config import DataConfig, parse_given
 from data.source_reading import Document, read_unit
 from data.sources import open_source
@@ -101,14 +102,6 @@ def environment() -> dict[str, str]:
     """The caller's, with this checkout to import from, and no limit on threads."""
     limits = ("RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS")
     return {key: value for key, value in os.environ.items() if key not in limits} | {"PYTHONPATH": str(ROOT)}
-
-
-def device() -> str:
-    """The processor's name and the number of cores this process may use."""
-    names = [
-        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.step import describe_machine
+from benchmarks.machine import describe_machine, measured
 from launch.recipe import load_recipe
 
 RECIPE, WORKERS = "gpt-stdlib", 2
@@ -226,13 +226,10 @@ MEANING = {
 
 def as_markdown(machine: dict[str, Any], summary: dict[str, Any]) -> str:
     """The results for people."""
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
         "# Startup and recovery",
         "",
-        f"Measured {machine['date']} by `{machine['command']}` on {machine['device']}: {machine['cpu']}, {machine['cores']} "
-        f"cores, {machine['memory_gib']} GiB, {machine['system']}; {versions}; load average before it "
-        f"{machine['load_average_before']}. Recipe {RECIPE}, {WORKERS} workers, {len(summary['rounds'])} rounds.",
+        f"{measured(machine)} Recipe {RECIPE}, {WORKERS} workers, {len(summary['rounds'])} rounds.",
         "",
         "| | median | least to most | target |",
         "|---|---:|---|---|",

@@ -19,8 +19,6 @@ import functools
 import json
 import multiprocessing
 import os
-import platform
-import shlex
 import socket
 import statistics
 import sys
@@ -28,8 +26,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -37,6 +33,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.machine import describe_machine, measured
 from benchmarks.step_contenders import (
     BARE,
     FULL,
@@ -259,42 +256,16 @@ def _spread(values: npt.NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
-def describe_machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    models = [
-        line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")
-    ]
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": shlex.join(["python", *sys.argv]),
-        "device": "cpu",
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "load_average_before": round(os.getloadavg()[0], 2),
-        "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in ("torch", "numpy")},
-    }
-
-
-def _read(path: str) -> str:
-    return Path(path).read_text() if Path(path).exists() else ""
-
-
 def as_markdown(machine: dict[str, Any], tables: list[dict[str, Any]], seconds: float) -> str:
     """The results for people. Tables of one call are compared with one contender."""
     against = tables[0]["settings"]["against"]
     shown = {name for table in tables for name in table["contenders"]}
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
         "# The step: this loop against a bare PyTorch loop"
         if against == BARE
         else "# The step: what supervision costs",
         "",
-        f"Measured {machine['date']} in {seconds:.0f} s by `{machine['command']}` on {machine['device']}: {machine['cpu']}, "
-        f"{machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}; {versions}; "
-        f"load average before it {machine['load_average_before']}.",
+        f"{measured(machine)} It took {seconds:.0f} s.",
         "",
         *(f"* `{name}`: {meaning}" for name, meaning in MEANING.items() if name in shown),
         "",

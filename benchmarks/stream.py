@@ -10,7 +10,6 @@ import argparse
 import datetime
 import functools
 import json
-import os
 import platform
 import random
 import statistics
@@ -28,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks.machine import device
 from data.config import DataConfig
 from data.dataset import open_dataset
 from data.digest import EMPTY_DIGEST, chain
@@ -182,14 +182,6 @@ def spread(values: list[float]) -> dict[str, float]:
 def ratio(bare: list[float], stream: list[float]) -> dict[str, float]:
     """The stream's speed as a share of the bare gather's, round by round."""
     return spread([limit / own for limit, own in zip(bare, stream, strict=True)])
-
-
-def device() -> str:
-    """The processor's name and the number of cores this process may use."""
-    names = [
-        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def measure(rounds: int) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.machine import describe_machine
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "loaders.py"
 HERE = ("bare", "lockstep", "torch", "torch_batched")
 
@@ -56,17 +58,8 @@ def test_a_contender_that_fails_is_a_row_and_a_loss_without_a_reason_is_marked(t
         "broken": {"failure": "ImportError: no module named x", "samples_per_second": []},
     }
     table = {"kind": "tokens", "workers": 7, "rows": rows, "format_seconds": {}}
-    machine = {
-        "date": "",
-        "command": "",
-        "cpu": "",
-        "cores": 2,
-        "memory_gib": 1,
-        "python": "",
-        "load_average_before": 0,
-    }
     settings = {"blocks": 1, "images": 1, "corpus": "stdlib", "rounds": 2, "block_seconds": 1}
-    results = {"machine": machine, "settings": settings, "tables": [table], "versions": {}, "seconds": 1.0}
+    results = {"machine": describe_machine(), "settings": settings, "tables": [table], "versions": {}, "seconds": 1.0}
     (loss,) = losses(results)  # that `faster` resumes sooner does not count: it resumed with another batch
     assert loss.why is None
     assert "samples/s: ours 4.5; ahead: `faster` 6" in loss.text
