@@ -95,3 +95,11 @@ def hash_of(directory: Path) -> str:
         content = path.read_bytes() if path.is_file() else b"directory"
         whole.update(f"{path.relative_to(directory)} {len(content)}\n".encode() + content)
     return whole.hexdigest()
+
+
+def serves(pid: int) -> bool:
+    """Whether this process is alive, and one that `data.child` has started."""
+    try:
+        return b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes()  # nothing of one that nobody has waited for
+    except (FileNotFoundError, ProcessLookupError):
+        return False

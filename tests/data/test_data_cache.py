@@ -229,7 +229,7 @@ def share(root: Path, *, processes: int, limit: int, rounds: int) -> "list[subpr
 
 def test_processes_that_want_the_same_files_fetch_each_once(tmp_path: Path) -> None:
     running = share(tmp_path, processes=3, limit=1 << 30, rounds=150)
-    told = [process.communicate(timeout=60) for process in running]
+    told = [process.communicate(timeout=240) for process in running]
     assert [process.returncode for process in running] == [0, 0, 0], told
     assert sum(int(out) for out, _ in told) == 8
 
@@ -237,7 +237,7 @@ def test_processes_that_want_the_same_files_fetch_each_once(tmp_path: Path) -> N
 def test_processes_share_a_cache_smaller_than_what_each_needs(tmp_path: Path) -> None:
     limit = 3 * 5000
     running = share(tmp_path, processes=3, limit=limit, rounds=250)
-    told = [process.communicate(timeout=60) for process in running]
+    told = [process.communicate(timeout=240) for process in running]
     assert [process.returncode for process in running] == [0, 0, 0], told
     assert sum(int(out) for out, _ in told) > 24  # it was too small indeed
     cache = cache_of(tmp_path, limit)
@@ -250,7 +250,7 @@ def test_a_cache_that_is_deleted_again_and_again_gives_the_right_bytes(tmp_path:
     while any(process.poll() is None for process in running):
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         deletions += 1
-    told = [process.communicate(timeout=60) for process in running]
+    told = [process.communicate(timeout=240) for process in running]
     assert [process.returncode for process in running] == [0, 0], told
     assert deletions > 10
 

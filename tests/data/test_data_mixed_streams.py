@@ -67,7 +67,7 @@ def read(
     datasets: Mapping[str, Numbers], plan: Plan, *, world_size: int, micro_samples: int, position: int, stop: int
 ) -> list[list[GlobalStep]]:
     """The steps that each rank of a world reads."""
-    barrier = threading.Barrier(world_size, timeout=20)
+    barrier = threading.Barrier(world_size, timeout=120)
     lists: list[list[int]] = [[] for _ in range(world_size)]
 
     def reducer(rank: int) -> Callable[[list[int]], list[int]]:

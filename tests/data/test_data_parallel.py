@@ -12,6 +12,7 @@ import pytest
 
 from data.errors import CorruptData, NoRoom, Unavailable
 from data.parallel import each
+from tests.data.preparing_helpers import serves
 
 
 def make_square(refused: int) -> Callable[[int], int]:
@@ -88,14 +89,7 @@ def test_a_kill_leaves_no_worker_and_no_name_behind() -> None:
         os.killpg(process.pid, signal.SIGKILL)
     named = {word for text in maps for word in text.split() if word.startswith("/dev/shm/")}
     deadline = time.monotonic() + 60
-    while any(_runs(pid) for pid in workers):
+    while any(serves(pid) for pid in workers):
         assert time.monotonic() < deadline, "a worker outlives the process that started it"
         time.sleep(0.01)
     assert not [name for name in named if Path(name).exists()]
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()  # nothing of one that nobody has waited for
-    except (FileNotFoundError, ProcessLookupError):
-        return False

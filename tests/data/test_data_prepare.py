@@ -33,7 +33,7 @@ def test_several_processes_at_once_make_one_dataset(tmp_path: Path) -> None:
     source = f"jsonl:{write_jsonl(tmp_path / 'corpus.jsonl', [lorem(number) for number in range(2000)])}#text"
     command = [sys.executable, "-c", PREPARE, source, str(tmp_path / "shared")]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    printed = [process.communicate(timeout=60) for process in processes]
+    printed = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], printed
     assert {out.strip() for out, _ in printed} == {str(tmp_path / "shared")}
     config = DataConfig(sequence_tokens=16)

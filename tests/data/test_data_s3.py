@@ -130,7 +130,8 @@ def test_failures_that_pass_give_the_same_samples(server: FaultyServer, prepared
     assert len(names) > len(RECOVERS)
     faults = dict(zip(names, RECOVERS, strict=False)) | {"manifest.json": [Fault("status"), Fault("reset", 9)]}
     server.faults.update({name: list(of_file) for name, of_file in faults.items()})
-    store = s3_store(tmp_path / "cache", download_timeout_seconds=1)
+    # Of a busy machine an answer may come after the timeout too: more tries than there are faults.
+    store = s3_store(tmp_path / "cache", download_timeout_seconds=1, download_retries=12)
     assert_same_samples(opened(store), prepared)
     assert not any(server.faults.values())
 
@@ -153,16 +154,17 @@ def test_failures_that_stay_are_told_in_a_line(
     server: FaultyServer, prepared: Path, tmp_path: Path, fault: Fault, kind: type[ValueError], part: str
 ) -> None:
     entry = shard_files(prepared)[0]
-    store = s3_store(tmp_path / "cache", download_retries=0, download_timeout_seconds=0.2)
+    # Only what never comes may take longer than that: any answer of a busy machine may.
+    hurry = {"download_timeout_seconds": 0.2} if fault.kind == "stall" else {}
     server.always[entry.name] = fault
     with pytest.raises(kind) as raised:
-        store.open(entry)
+        s3_store(tmp_path / "cache", download_retries=0, **hurry).open(entry)
     assert type(raised.value) is kind
     assert str(raised.value).startswith(f"{ADDRESS}/{entry.name}: ")
     assert part in str(raised.value)
     assert "\n" not in str(raised.value)
     del server.always[entry.name]
-    with store.open(entry) as file:
+    with s3_store(tmp_path / "cache", download_retries=0).open(entry) as file:
         assert file.read() == (prepared / entry.name).read_bytes()
 
 

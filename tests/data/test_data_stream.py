@@ -34,7 +34,7 @@ class ThreadSum:
     """Sums lists over ranks that run as threads of one process: every rank must make the same calls."""
 
     def __init__(self, world_size: int) -> None:
-        self._barrier = threading.Barrier(world_size, timeout=20)
+        self._barrier = threading.Barrier(world_size, timeout=120)
         self._lists: list[list[int]] = [[] for _ in range(world_size)]
 
     def of(self, rank: int) -> Callable[[list[int]], list[int]]:
@@ -90,8 +90,16 @@ def read(
     for thread in ranks:
         thread.join()
     # No prefetch thread is left waiting in a reduction that the other ranks did not make.
-    assert not any(thread.name == "lockstep-prefetch" for thread in threading.enumerate())
+    assert not prefetch_threads()
     return results
+
+
+def prefetch_threads() -> list[threading.Thread]:
+    """Those that do not end; `close` waits for them for some seconds alone."""
+    threads = [thread for thread in threading.enumerate() if thread.name == "lockstep-prefetch"]
+    for thread in threads:
+        thread.join(60)
+    return [thread for thread in threads if thread.is_alive()]
 
 
 def real(step: GlobalStep) -> Iterator[MicroBatch]:
@@ -234,7 +242,7 @@ def test_close_ends_the_thread_at_any_moment(dataset: Dataset) -> None:
             next(steps)
         stream.close()
         stream.close()
-        assert not any(thread.name == "lockstep-prefetch" for thread in threading.enumerate())
+        assert not prefetch_threads()
 
 
 def test_a_stream_is_read_once(dataset: Dataset) -> None:
@@ -297,7 +305,7 @@ from data.digest import EMPTY_DIGEST, chain
 from data.stream import Stream
 
 rank, world_size, init, directory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[5])
-dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world_size, timeout=timedelta(seconds=200))
 own_group = dist.new_group(backend="gloo")
 
 def reduce_items(items):
@@ -333,5 +341,5 @@ def test_real_gloo_processes_agree_with_one_process(dataset: Dataset, tmp_path: 
         )
         for rank in range(3)
     ]
-    printed = [process.communicate(timeout=120)[0].split() for process in ranks]
+    printed = [process.communicate(timeout=240)[0].split() for process in ranks]
     assert printed == [[digests(alone)[-1], str(alone[0][-1].items)]] * 3

@@ -90,7 +90,7 @@ def read(
     take: int | None = None,
 ) -> Read:
     """Reads on every rank of a world, each in a thread; `take`: only so many steps."""
-    barrier = threading.Barrier(world_size, timeout=30)
+    barrier = threading.Barrier(world_size, timeout=120)
     lists: list[list[int]] = [[] for _ in range(world_size)]
     steps: list[list[GlobalStep]] = [[] for _ in range(world_size)]
     stood: list[list[dict[int, Place]]] = [[] for _ in range(world_size)]
