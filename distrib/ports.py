@@ -23,7 +23,8 @@ def holder_of_port(port: int) -> str | None:
 
 
 def _sockets_at(port: int) -> list[tuple[str, str]]:
-    """(inode, user id) of the sockets at a port of this host, listening ones first."""
+    """(inode, user id) of the sockets that listen at a port of this host; where none does, of all that are bound to it. Another
+    process may well be connected from the same port of another address, where Linux gave it that."""
     found: list[tuple[str, str, str]] = []
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:
@@ -31,4 +32,5 @@ def _sockets_at(port: int) -> list[tuple[str, str]]:
         except OSError:
             continue  # a kernel without IPv6, or no Linux
         found += [(row[3], row[9], row[7]) for row in rows if int(row[1].rpartition(":")[2], 16) == port]
-    return [(inode, user) for _, inode, user in sorted(found, key=lambda socket: socket[0] != _LISTENS)]
+    listening = [socket for socket in found if socket[0] == _LISTENS]
+    return [(inode, user) for _, inode, user in listening or found]

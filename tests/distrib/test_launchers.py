@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 from typing import Any
@@ -27,6 +28,7 @@ from distrib.launchers import (
 )
 from distrib.ports import holder_of_port
 from distrib.slurm_variables import SlurmStep, expand_node_list, meeting_port
+from tests.distrib.test_meeting import free_port
 
 BATCH = {
     "SLURMD_NODENAME": "n1", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2",
@@ -265,15 +267,21 @@ def test_neighbours_on_a_host_meet_at_different_ports() -> None:
 
 def test_the_holder_of_a_port() -> None:
     holding = (
-        "import socket; held = socket.socket(); held.bind(('127.0.0.1', 0)); held.listen(); "
-        "print(held.getsockname()[1], flush=True); input()"
+        "import socket, sys; held = socket.socket(); held.bind(('127.0.0.1', int(sys.argv[1]))); held.listen(); "
+        "print('held', flush=True); input()"
     )
+    port = free_port()
     with subprocess.Popen(
-        [sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", holding, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        port = int(process.stdout.readline())
+        assert process.stdout.readline() == "held\n"
         told = holder_of_port(port)
+        with socket.socket() as connected:  # from another address of this host, at the same port
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leaves nothing behind
+            connected.bind(("127.0.0.2", port))
+            connected.connect(("127.0.0.1", port))
+            assert holder_of_port(port) == told, "who listens there holds it, and not who is connected"
         process.communicate("\n")
     assert told is not None
     assert told.startswith(f"process {process.pid} (python")
