@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from distrib.checkpoint import (
 )
 from distrib.config import CheckpointConfig, OptimizerConfig
 from distrib.engine import CanonicalState
-from distrib.manifest import BadCheckpoint, published_checkpoints, remove_temporaries
+from distrib.manifest import BadCheckpoint, checkpoint_name, published_checkpoints, remove_temporaries
 from distrib.native import NativeEngine
 from distrib.world import World, single_process_world
 from tests.distrib.engine_runs import ADAMW_CLIPPED, MODEL, SGD_UNCLIPPED, make_engine, take_step
@@ -309,10 +310,13 @@ def kill_again_and_again(script: str, root: Path) -> None:
         )
         assert process.stdout is not None
         process.stdout.readline()
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.2 + 0.0137 * attempt)
-        process.kill()
-        process.wait()
+        try:
+            _wait_for_save(process, root, 1000 * attempt + 1)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.2 + 0.0137 * attempt)
+        finally:
+            process.kill()
+            process.wait()
         found = published_checkpoints(root)
         for path in found:
             open_checkpoint(path, ALONE)
@@ -320,6 +324,15 @@ def kill_again_and_again(script: str, root: Path) -> None:
     assert seen
     remove_temporaries(root)
     assert all(path.name.startswith("step-") for path in root.iterdir())
+
+
+def _wait_for_save(process: subprocess.Popen[bytes], root: Path, step: int) -> None:
+    """Until a checkpoint of this step or a later one is there."""
+    deadline = time.monotonic() + 120
+    while not [path for path in published_checkpoints(root) if path.name >= checkpoint_name(step)]:
+        assert process.poll() is None
+        assert time.monotonic() < deadline, "no checkpoint was published"
+        time.sleep(0.001)
 
 
 def test_a_kill_at_any_moment_of_a_save_never_shows_a_half_checkpoint(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from pathlib import Path
 
@@ -33,7 +34,10 @@ def _steps(world: World, zero_stage: int) -> None:
 def _process_groups(world: World) -> int:
     """As many as there are of the threads that gloo has one of for each."""
     gc.collect()
-    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+            names.append((task / "comm").read_text())
     return sum(name.startswith("gloo_tcp_loop") for name in names)
 
 

@@ -63,8 +63,9 @@ def test_inside_blocks_nothing_around_them_counts() -> None:
         block(torch.zeros(1, 2))
     block(torch.zeros(1, 2))  # a backward pass computes it again
     ((_, spans),) = pace._passes
-    assert len(spans) == 2
-    assert pace.take()[0] < 0.05
+    (_, left), (entered, _) = spans
+    assert entered - left >= 0.05
+    assert pace.take()[0] == sum(end - begin for begin, end in spans)
 
 
 def test_an_engine_that_cannot_tell_times_nothing() -> None:
@@ -77,7 +78,8 @@ def test_an_engine_that_cannot_tell_times_nothing() -> None:
 
 
 def _paces(world: World, zero_stage: int, checkpointing: str) -> list[float]:
-    """Every rank's pace where the blocks of rank 1 take a fiftieth of a second more."""
+    """Every rank's pace where the blocks of rank 1 take a fifth of a second more: far more than rank 0 could lose to what else
+    runs here, in most of its passes."""
     engine: Any = make_engine(
         mesh_of(world, zero_stage), ADAMW_CLIPPED, zero_stage=zero_stage, activation_checkpointing=checkpointing
     )
@@ -87,8 +89,8 @@ def _paces(world: World, zero_stage: int, checkpointing: str) -> list[float]:
             block.register_forward_pre_hook(lambda *_: None)
         slow = engine.module.blocks()[0]
         inner = next(module for module in slow.modules() if not list(module.children()))
-        inner.register_forward_hook(lambda *_: time.sleep(0.02))
-    for step in range(3):
+        inner.register_forward_hook(lambda *_: time.sleep(0.2))
+    for step in range(5):
         engine.pace.ask()
         take_step(engine, step, micro_samples=2)
     return world.gather_objects(engine.pace.take()[0])
@@ -101,5 +103,5 @@ def test_a_slow_rank_is_slow_and_the_one_that_waits_for_it_is_not(
     gloo_pool: WorkerPool, zero_stage: int, checkpointing: str
 ) -> None:
     paces = gloo_pool.run(_paces, 2, zero_stage, checkpointing)[0]
-    assert paces[1] >= 0.02
+    assert paces[1] >= 0.2
     assert paces[0] < paces[1]
