@@ -144,7 +144,14 @@ _replies: Connection
 
 def report(*values: Any) -> None:
     """Tell the parent something of the job that is being done."""
-    _replies.send(("report", values))
+    _reply(("report", values))
+
+
+def _reply(reply: Reply) -> None:
+    try:
+        _replies.send(reply)
+    except BrokenPipeError:
+        os._exit(0)  # whoever asked is gone, and `listen` has not noticed yet
 
 
 def serve() -> None:
@@ -171,8 +178,8 @@ def serve() -> None:
                 make, setting = job
                 perform = make(setting)
             else:
-                _replies.send(("result", perform(job)))
+                _reply(("result", perform(job)))
         except Exception as error:
-            _replies.send(("error", _told(error)))
+            _reply(("error", _told(error)))
             if perform is None:
                 return

@@ -63,6 +63,23 @@ def make_nothing(setting: None) -> Callable[[int], int]:
     raise ValueError("no ground to stand on")
 
 
+UNHEARD = """
+from data.child import Child
+from tests.data.test_data_parallel import make_square
+child = Child(make_square, 7)
+child.replies.close()
+for job in (3, 7):
+    child.ask(job)
+print(child._process.wait())
+"""
+
+
+def test_a_worker_that_replies_when_nobody_is_left_to_hear_ends_without_a_word() -> None:
+    """Where whoever asked is killed, it may come to that before its own pipe ends."""
+    done = subprocess.run([sys.executable, "-c", UNHEARD], capture_output=True, text=True, timeout=240, check=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
 def make_sleeper(_: None) -> Callable[[int], int]:
     def pid_or_sleep(number: int) -> int:
         if number > 1:
