@@ -12,8 +12,9 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from distrib.phases import Moment
 from launch.batch_job import batch_job
@@ -23,10 +24,11 @@ LAUNCHED = "LOCKSTEP_LAUNCHED"
 # What one step of training is: between them nothing else happens, and what a worker sleeps in them it waits for others.
 STEP_PHASES = ("forward", "backward", "reduce", "step", "report")
 _NANOSECONDS = 10**9
-# A look at a thread's times takes a few microseconds, unless it loses its core meanwhile.
+# A look at several times takes a few microseconds, unless it loses its core meanwhile.
 _LOOK_NANOSECONDS = 50_000
 _MOST_LOOKS = 3
 _IMPORTED = time.monotonic_ns()
+_Time = TypeVar("_Time", int, float)
 
 
 def process_began(process: int | str = "self") -> int:
@@ -37,8 +39,8 @@ def process_began(process: int | str = "self") -> int:
     # The name, in brackets, may hold anything.
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     ticks = int(fields[19])
-    age = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - ticks * _NANOSECONDS // os.sysconf("SC_CLK_TCK")
-    return time.monotonic_ns() - age
+    since_boot, now = _at_one_moment(lambda: time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+    return now - (since_boot - ticks * _NANOSECONDS // os.sysconf("SC_CLK_TCK"))
 
 
 def _launch_began() -> int:
@@ -90,10 +92,10 @@ class Clock:
     def read(self) -> dict[str, Any]:
         """`at`: the wall clock's time, in seconds since 1970. `phases`: seconds since the launch, by phase; their sum is the
         time since then. `waiting`: those of them within steps in which the thread slept; only where that says something."""
-        at = time.monotonic_ns()
+        wall, at = _at_one_moment(time.time)
         spent = self._spent | {self._phase: self._spent.get(self._phase, 0) + at - self._since}
         reading: dict[str, Any] = {
-            "at": round(time.time(), 6),
+            "at": round(wall, 6),
             "phases": {phase: _seconds(nanoseconds) for phase, nanoseconds in spent.items()},
         }
         if self._sleep is not None:
@@ -145,7 +147,19 @@ class _Sleep:
 
 
 def _wall_time_of(monotonic_nanoseconds: int) -> float:
-    return round(time.time() - (time.monotonic_ns() - monotonic_nanoseconds) / _NANOSECONDS, 6)
+    wall, now = _at_one_moment(time.time)
+    return round(wall - (now - monotonic_nanoseconds) / _NANOSECONDS, 6)
+
+
+def _at_one_moment(other_clock: Callable[[], _Time]) -> tuple[_Time, int]:
+    """What another clock and the monotonic one say: read again where the thread lost its core in between."""
+    for _ in range(_MOST_LOOKS):
+        before = time.monotonic_ns()
+        told = other_clock()
+        after = time.monotonic_ns()
+        if after - before < _LOOK_NANOSECONDS:
+            break
+    return told, after
 
 
 def _seconds(nanoseconds: int) -> float:

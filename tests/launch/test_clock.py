@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,31 @@ def test_a_clock_begins_with_its_launcher_and_tells_nobody_else(monkeypatch: pyt
     assert told["clock"]["phases"].keys() == {"start"}
     assert told["clock"]["at"] - told["clock"]["phases"]["start"] == pytest.approx(told["launched"], abs=0.1)
     assert json.loads(json.dumps(told)) == told
+
+
+@pytest.mark.parametrize("other", ["clock_gettime_ns", "time"])
+def test_two_clocks_are_read_again_where_the_thread_lost_its_core_between_them(
+    monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    clock, expected, real = Clock(sees_waiting=False), process_began(), getattr(time, other)
+    reads = 0
+
+    def late(*given: int) -> Any:
+        nonlocal reads
+        reads += 1
+        first = reads == 1
+        time.sleep(0.2 if first else 0.0)
+        told = real(*given)
+        time.sleep(0.2 if first else 0.0)
+        return told
+
+    monkeypatch.setattr(time, other, late)
+    if other == "clock_gettime_ns":
+        assert process_began() == pytest.approx(expected, abs=1e8)
+    else:
+        told = clock.read()
+        assert told["at"] - sum(told["phases"].values()) == pytest.approx(clock.stamps()["launched"], abs=0.1)
+    assert reads > 1
 
 
 def test_torchrun_is_the_launcher_of_its_first_workers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
