@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -21,7 +22,8 @@ from launch.config import RunConfig
 
 RUNS = Path("runs")
 STOP_FILE = "stop"
-_LAST_THREAD_SECONDS = 3.0
+_LAST_THREAD_LOOKS = 60
+_LOOK_SECONDS = 0.05
 OUTCOME_FILE = "outcome.json"
 _VERSIONS = (
     "torch", "accelerate", "numpy", "lockstep", "safetensors", "pyarrow", "tokenizers", "datasets", "wandb", "tensorboard",
@@ -195,14 +197,12 @@ def claim(config: RunConfig, resume: Resume, *, restarted: bool = False) -> RunD
 def _lock(lock: IO[str]) -> None:
     """Raises BlockingIOError where another process keeps the lock. One that was killed has it until its last thread is gone,
     which may be a moment after it is gone for whoever killed it."""
-    deadline = time.monotonic() + _LAST_THREAD_SECONDS
-    while True:
-        try:
+    # Looks are counted, not seconds: where this process itself stood still, the other one may have stood still as well.
+    for _ in range(_LAST_THREAD_LOOKS):
+        with contextlib.suppress(BlockingIOError):
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
+        time.sleep(_LOOK_SECONDS)
+    return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def begin_attempt(run: RunDirectory, **facts: Any) -> None:

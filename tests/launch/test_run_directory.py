@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -103,6 +104,18 @@ def test_a_claim_waits_for_one_that_is_ending(tmp_path: Path) -> None:
     run = claim(recipe(), Resume(tmp_path / "run"))
     ending = threading.Timer(0.2, run.close)
     ending.start()
+    claim(recipe(), Resume(tmp_path / "run")).close()
+    ending.join()
+
+
+def test_a_claim_waits_as_long_where_the_machine_stood_still_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = claim(recipe(), Resume(tmp_path / "run"))
+    ending = threading.Timer(0.2, run.close)
+    ending.start()
+    hours = itertools.count(0.0, 3600.0)
+    monkeypatch.setattr("time.monotonic", lambda: next(hours))
     claim(recipe(), Resume(tmp_path / "run")).close()
     ending.join()
 
