@@ -174,15 +174,19 @@ def _cuda() -> list[Check]:
 def _measure_in_workers(workers: int, device: str, places: Mapping[str, Path]) -> list[Check]:
     """Starts so many workers on this host; rank 0 tells what they found."""
     context = multiprocessing.get_context("spawn")
-    port = _free_port()
     # The workers share the cores, as those of a run do.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     processes: dict[Connection, Any] = {}
-    for rank in range(workers):
-        ours, theirs = context.Pipe()
-        processes[ours] = context.Process(target=_work, args=(theirs, rank, workers, port, device, places), daemon=True)
-        processes[ours].start()
-        theirs.close()
+    # Rank 0 gets the socket: nobody else can take the port while the workers import torch.
+    with socket.create_server(("127.0.0.1", 0), backlog=socket.SOMAXCONN) as meeting:
+        port = int(meeting.getsockname()[1])
+        for rank in range(workers):
+            ours, theirs = context.Pipe()
+            listening = meeting if rank == 0 else None
+            arguments = (theirs, rank, workers, port, listening, device, places)
+            processes[ours] = context.Process(target=_work, args=arguments, daemon=True)
+            processes[ours].start()
+            theirs.close()
     told: dict[int, list[Check] | str] = {}
     ranks = {connection: rank for rank, connection in enumerate(processes)}
     deadline = time.monotonic() + _WORKERS_SECONDS
@@ -221,20 +225,23 @@ def _rooms_here(places: Mapping[str, Path]) -> list[Check]:
     return check_rooms({name: {platform.node(): look_at_room(place)} for name, place in places.items()})
 
 
-def _work(connection: Connection, rank: int, workers: int, port: int, device: str, places: Mapping[str, Path]) -> None:
+def _work(
+    connection: Connection,
+    rank: int,
+    workers: int,
+    port: int,
+    listening: socket.socket | None,
+    device: str,
+    places: Mapping[str, Path],
+) -> None:
     """A worker's life: as if a launcher had started it."""
     launch = Launch("lockstep doctor")
     if workers > 1:
-        launch = Launch("lockstep doctor", rank, workers, rank, "127.0.0.1", port)
+        descriptor = None if listening is None else listening.detach()
+        launch = Launch("lockstep doctor", rank, workers, rank, "127.0.0.1", port, descriptor)
     try:
         connection.send(_measure_in_this_process(launch, device, places)[1])
     except Exception as error:  # told as what is broken, by the process that speaks
         connection.send(
             f"rank {rank}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason'}"
         )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
