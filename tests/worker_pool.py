@@ -7,6 +7,7 @@ rank order. The function must be importable by name; arguments and results trave
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -31,14 +32,16 @@ class WorkerPool:
         self._context = multiprocessing.get_context("spawn")
         self._device_kind = device_kind
         self._workers: dict[int, list[tuple[Any, Connection]]] = {}
+        # Gone only after the workers: what is left of an earlier world may reach for its file while they do something else.
+        self._stores = tempfile.TemporaryDirectory()
+        self._calls = itertools.count()
 
     def run(self, function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
-        with tempfile.TemporaryDirectory() as directory:
-            store = os.path.join(directory, "store")
-            connections = self._connect(world_size)
-            for rank, connection in enumerate(connections):
-                connection.send((function, rank, world_size, self._device_kind, store, arguments))
-            answers = [self._receive(world_size, connection) for connection in connections]
+        store = os.path.join(self._stores.name, f"store-{next(self._calls)}")
+        connections = self._connect(world_size)
+        for rank, connection in enumerate(connections):
+            connection.send((function, rank, world_size, self._device_kind, store, arguments))
+        answers = [self._receive(world_size, connection) for connection in connections]
         failures = [f"rank {rank}:\n{value}" for rank, (failed, value) in enumerate(answers) if failed]
         if failures:
             # A rank that failed alone has run less than the others, and some may still wait for it.
@@ -49,6 +52,7 @@ class WorkerPool:
     def close(self) -> None:
         for world_size in list(self._workers):
             self._end(world_size)
+        self._stores.cleanup()
 
     def _connect(self, world_size: int) -> list[Connection]:
         workers = self._workers.get(world_size, [])
