@@ -17,7 +17,7 @@ import pytest
 from launch.tracking.config import TrackingConfig
 from launch.tracking.metrics_file import read_metrics
 from launch.tracking.tracking import Tracking
-from tests.end_to_end.runs import wait_until
+from tests.end_to_end.runs import TIMEOUT_SECONDS, wait_until
 from tests.launch.silent_server import silent_server
 
 FAKE_KEY = "0123456789abcdef" * 2 + "01234567"
@@ -51,7 +51,7 @@ def track(config: TrackingConfig, run: Path, steps: range, attempt: int = 1) -> 
     for step in steps:
         tracking.log(step_record(step, attempt))
     tracking.log({"step": steps[-1], "attempt": attempt, "evaluation": {"loss": 1.25, "note": "text"}})
-    tracking.close()
+    tracking.close(TIMEOUT_SECONDS)
     return tracking
 
 
@@ -76,11 +76,12 @@ def run(tmp_path: Path) -> Path:
 
 
 def wandb_records(path: Path) -> Iterator[Any]:
-    """The records of a `.wandb` file: LevelDB's log format, in blocks of 32 KiB, after a header of seven bytes."""
+    """The records of a `.wandb` file, those that are whole while it is written: LevelDB's log format, in blocks of 32 KiB,
+    after a header of seven bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data = path.read_bytes()
-    assert data[:4] == b":W&B"
+    assert b":W&B".startswith(data[:4])
     at, whole = 7, b""
     while at + 7 <= len(data):
         left = 32768 - at % 32768
@@ -88,6 +89,8 @@ def wandb_records(path: Path) -> Iterator[Any]:
             at += left
             continue
         _crc, length, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + length > len(data):
+            return
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # a full record, or the last piece of one
@@ -224,8 +227,8 @@ def train(
         stderr=subprocess.PIPE,
         text=True,
     ) as trainer:
-        wait_until(until, "what the test waits for", seconds=60)
-        out, err = trainer.communicate("end\n", timeout=100)
+        wait_until(until, "what the test waits for")
+        out, err = trainer.communicate("end\n", timeout=250)
     assert trainer.returncode == 0, err
     logged, problems = out.splitlines()
     assert logged == "logged"
@@ -270,19 +273,19 @@ def test_a_wandb_that_answers_500_never_stops_the_run(run: Path) -> None:
 
 
 def test_online_wandb_without_a_key_is_said_in_one_line(run: Path) -> None:
-    (problem,) = train({"wandb": "online", "tensorboard": False}, run, 100, 30)
+    (problem,) = train({"wandb": "online", "tensorboard": False}, run, 100, 200)
     assert "No API key configured" in problem
 
 
 def test_an_unwritable_tensorboard_directory_is_said_in_one_line(run: Path) -> None:
     (run / "tensorboard").write_text("a file, where the folder should be")
-    (problem,) = train({"wandb": "off"}, run, 100, 30)
+    (problem,) = train({"wandb": "off"}, run, 100, 200)
     assert problem.startswith("TensorBoard: FileExistsError")
 
 
 def test_a_failing_tracker_leaves_the_other_one_alone(run: Path) -> None:
     (run / "wandb").write_text("a file, where the folder should be")
-    (problem,) = train({"wandb": "offline"}, run, 100, 30)
+    (problem,) = train({"wandb": "offline"}, run, 100, 200)
     assert problem.startswith("W&B: ")
     assert len(tensorboard_scalars(run).Scalars("loss")) == 100
 
@@ -298,6 +301,7 @@ def test_a_killed_trainer_leaves_whole_tracker_files(run: Path) -> None:
     trainer.kill()
     trainer.wait()
     trainer.stdout.close()
+    wait_for(lambda: any(run.glob("wandb/offline-run-*/*.wandb")))
     (path,) = run.glob("wandb/offline-run-*/*.wandb")
     wait_for(lambda: any(record.WhichOneof("record_type") == "exit" for record in wandb_records(path)))
     assert len(wandb_history(path)) >= 49  # the fiftieth may have been on its way
