@@ -22,22 +22,20 @@ train() {
     say "start ${SLURM_RESTART_COUNT:-0}: $run on $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), $launcher"
 
     start_workers "$recipe" "run.directory=$run" "$@" --resume auto &
-    local step=$! status=0
-    if [ -z "$warned" ]; then
-        wait "$step"
-        status=$?
-    fi
-    if [ -n "$warned" ]; then
-        say "warned: the run is asked to save and stop"
-        # By a file: torchrun would die of the signal.
-        while kill -0 "$step" 2> /dev/null; do
-            # Again and again: a run that is only starting removes the request of an earlier one.
+    local step=$! told= status
+    # Looked at every second: a signal that comes a moment before `wait` would not end it.
+    while kill -0 "$step" 2> /dev/null; do
+        if [ -n "$warned" ]; then
+            # By a file: torchrun would die of the signal. Again and again: a run that is only starting removes the request of
+            # an earlier one.
             touch "$run/stop"
-            sleep 1
-        done
-        wait "$step"
-        status=$?
-    fi
+            [ -n "$told" ] || say "warned: the run is asked to save and stop"
+            told=yes
+        fi
+        sleep 1
+    done
+    wait "$step"
+    status=$?
     decide "$run" "$status"
 }
 
@@ -72,7 +70,7 @@ start_workers() {
     # The job is asked for by its nodes: of a range like 1-4, and a number of tasks, Slurm would give one.
     local nodes=$SLURM_JOB_NUM_NODES cores=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
     local each=$((cores / workers))
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$each} TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$each}
     local options=(--nodes="$nodes" --kill-on-bad-exit=1 --wait=60 --export=ALL "${srun_options[@]}")
     if [ "$launcher" = torchrun ]; then
         local host

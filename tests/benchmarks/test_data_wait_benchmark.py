@@ -13,9 +13,10 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "data_wait.py"
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_short_run_writes_its_table(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--steps", "3", "--output", str(tmp_path)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=850)
     assert finished.returncode == 0, finished.stderr
     rows = json.loads((tmp_path / "data_wait.json").read_text())["rows"]
     assert {row["workers"] for row in rows} == {1, 2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -20,6 +21,7 @@ CORES_PER_NODE = 4
 GPUS_PER_NODE = 2
 _DAEMONS = ("munged", "slurmctld", "slurmd")
 _SBIN = "/usr/sbin"
+_PORTS = range(10_000, 15_000)
 
 
 def why_not() -> str | None:
@@ -48,31 +50,38 @@ class Cluster:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._write_configuration()
         self.environment = environment(SLURM_CONF=str(directory / "slurm.conf"))
+        self._mark = f"SLURM_CONF={directory / 'slurm.conf'}".encode()
 
     def start(self) -> None:
         """Starts the daemons and waits until all nodes are idle."""
         options = ["--force", "--foreground", f"--key-file={self._key}", f"--socket={self._socket}", "--num-threads=2"]
         places = [f"--{name}-file={self.directory / f'munged.{name}'}" for name in ("log", "pid", "seed")]
         self._start("munged", *options, *places)
-        wait_until(self._socket.exists, "munged's socket", 30)
+        wait_until(self._socket.exists, "munged's socket")
         self._start("slurmctld", "-D", "-c")
         for node in NODES:
             self.start_node(node)
-        wait_until(lambda: set(self.node_states().values()) == {"idle"}, "all nodes idle", 60)
+        wait_until(lambda: set(self.node_states().values()) == {"idle"}, "all nodes idle")
 
     def stop(self) -> None:
         """Ends every job and daemon; no process of the cluster is left."""
-        for number in (signal.SIGSTOP, signal.SIGKILL):
-            for pid in self.processes():
-                _send(pid, number)
+
+        def gone() -> bool:
+            left = self.processes()  # and what those have started since they were last looked for
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for pid in left:
+                    _send(pid, number)
+            return not left
+
+        wait_until(gone, "every process of the cluster gone")
         for process in self._processes.values():
             process.wait()
-        wait_until(lambda: not self.processes(), "every process of the cluster gone", 30)
 
     def processes(self) -> list[int]:
         """Everything that runs on behalf of the cluster: its daemons, and what jobs started."""
-        mark = f"SLURM_CONF={self.directory / 'slurm.conf'}".encode()
-        marked = [pid for pid in _all_processes() if mark in _read(pid, "environ").split(b"\0") and pid != os.getpid()]
+        marked = [
+            pid for pid in _all_processes() if self._mark in _read(pid, "environ").split(b"\0") and pid != os.getpid()
+        ]
         return sorted({*marked, *self._step_daemons(str(self.directory))})
 
     def start_node(self, node: str) -> None:
@@ -81,8 +90,9 @@ class Cluster:
     def kill_node(self, node: str) -> None:
         """The node is gone without a word: its slurmd, what watches over its jobs, and the jobs themselves."""
         daemon = self._processes.pop(f"slurmd-{node}")
-        mark = f"SLURMD_NODENAME={node}".encode()
-        jobs = [pid for pid in _all_processes() if mark in _read(pid, "environ").split(b"\0")]
+        # Another cluster on this machine has a node of the same name.
+        marks = {f"SLURMD_NODENAME={node}".encode(), self._mark}
+        jobs = [pid for pid in _all_processes() if marks <= set(_read(pid, "environ").split(b"\0"))]
         gone = [daemon.pid, *self._step_daemons(str(self.directory / f"slurmd-{node}.log")), *jobs]
         # Nobody may have a moment in which to tell of another one's end.
         for number in (signal.SIGSTOP, signal.SIGKILL):
@@ -136,7 +146,7 @@ class Cluster:
             time.sleep(0.1)
             return set(states.values()) == {"idle"} and not self.run("squeue", "--noheader").strip()
 
-        wait_until(idle, "an idle cluster", 60)
+        wait_until(idle, "an idle cluster")
 
     def _start(self, name: str, *options: str, program: str | None = None) -> None:
         log = (self.directory / f"{name}.out").open("ab")
@@ -183,6 +193,7 @@ class Cluster:
                 directory=self.directory,
                 host=socket.gethostname(),
                 port=ports[0],
+                first_job=1 + secrets.randbelow(1_000_000),
                 nodes="\n".join(nodes),
                 all=",".join(NODES),
                 small=",".join(NODES[:2]),
@@ -191,7 +202,9 @@ class Cluster:
         )
 
 
-# Credentials that expire soon, because a job that is put back into the queue waits for that.
+# Credentials that expire soon, because a job that is put back into the queue waits for that. All other times are those that a
+# daemon may stand still on a machine that has much else to do; a node is lost soon enough all the same. Jobs begin at a number
+# of this cluster's own: their workers meet at ports that are made of it, and another cluster may be on this machine.
 _CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -199,7 +212,7 @@ SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={socket},cred_expire=5
+AuthInfo=socket={socket},cred_expire=10
 CredType=cred/munge
 StateSaveLocation={directory}/state
 SlurmdSpoolDir={directory}/spool-%n
@@ -218,9 +231,11 @@ SlurmctldParameters=preempt_send_user_signal
 GresTypes=gpu
 ReturnToService=1
 KillWait=3
-SlurmdTimeout=6
+SlurmdTimeout=15
 InactiveLimit=0
-MessageTimeout=5
+MessageTimeout=60
+BatchStartTimeout=120
+FirstJobId={first_job}
 MinJobAge=86400
 MaxArraySize=20
 PreemptType=preempt/partition_prio
@@ -239,14 +254,16 @@ PartitionName=small Nodes={small} MaxTime=60 DefaultTime=10 State=UP PriorityTie
 
 
 def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+    """Below those that Linux gives out by itself and those at which workers meet: nobody comes to have one by chance before a
+    daemon takes it, or takes it again."""
+    found: list[int] = []
+    for port in random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError("no free ports")
 
 
 def _all_processes() -> list[int]:

@@ -29,6 +29,27 @@ from tests.slurm.cluster import Cluster, why_not
 
 # Enough of them for a request to stop to come in between.
 STEPS = 400
+# The transformer of the recipe, which from some step on waits until it is let go.
+HELD_MODEL = """
+import time
+from pathlib import Path
+
+from models.build import build_model
+from models.config import TransformerConfig
+
+def build(shape, forwards, gate, **options):
+    model = build_model(TransformerConfig(kind="transformer", **options), shape)
+    done = 0
+
+    def wait(module, _):
+        nonlocal done
+        done += module.training
+        while done > forwards and not Path(gate).exists():
+            time.sleep(0.05)
+
+    model.register_forward_pre_hook(wait)
+    return model
+"""
 INSTALL = Path(__file__).with_name("install.sh")
 
 
@@ -85,6 +106,10 @@ class Site:
         """On which nodes a job runs, or ran last."""
         return set(self.cluster.run("scontrol", "show", "hostnames", self.cluster.job(job)["NodeList"]).split())
 
+    def wait_for_warning(self, run: Path) -> None:
+        """Waits until a job has asked its run to stop."""
+        wait_until(lambda: "warned: the run is asked to save and stop" in self.log(run), f"a request to stop {run}")
+
     def finish(self, job: str, run: Path) -> None:
         """Waits until the job has ended well."""
         state = self.cluster.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -137,6 +162,27 @@ def recipe_values(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dic
 @pytest.fixture(scope="session")
 def recipe(recipe_values: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("recipe") / "tiny.yaml", recipe_values())
+
+
+@dataclass
+class Held:
+    """The recipe as `recipe` has it, but for a run that goes no further than some steps beyond the 60th until it is let go:
+    whatever is to happen to it before its end does, however long that takes."""
+
+    recipe: Path
+    gate: Path
+
+    def let_go(self) -> None:
+        self.gate.touch()
+
+
+@pytest.fixture
+def held(recipe_values: Callable[..., dict[str, Any]], site: Site) -> Held:
+    (site.directory / "held.py").write_text(HELD_MODEL)
+    values, gate = recipe_values(), site.directory / "gate"
+    options = {key: value for key, value in values["model"].items() if key != "kind"}
+    values["model"] = {"kind": "held:build", "options": {**options, "forwards": 70, "gate": str(gate)}}
+    return Held(write_recipe(site.directory / "held.yaml", values), gate)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from launch.submit_script import TEMPLATES, fill_in
 from tests.end_to_end.runs import lockstep, wait_until, write_corpus
 from tests.slurm.conftest import Site
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def test_a_sweep_trains_every_row_and_skips_what_is_done(site: Site, recipe: Path) -> None:

@@ -173,6 +173,25 @@ def test_every_script_of_slurm_is_bash(path: Path) -> None:
     assert subprocess.run(["bash", "-n", path], capture_output=True, text=True, check=False).stderr == ""
 
 
+def test_a_warning_is_heard_though_it_comes_a_moment_before_the_script_waits(tmp_path: Path) -> None:
+    """Beside workers that end once they are asked to."""
+    script = rf"""
+        lockstep={TEMPLATES.parent} SLURM_JOB_ID=7 failures=5
+        source "$lockstep/slurm/run.sh"
+        start_workers() {{ trap - DEBUG; until [ -e run/stop ]; do sleep 0.1; done; }}
+        decide() {{ say "ended with $2"; }}
+        warn() {{ case $BASH_COMMAND in wait\ * | sleep\ *) trap - DEBUG; kill -USR1 $$ ;; esac; }}
+        set -o functrace
+        trap warn DEBUG
+        train run recipe
+    """
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert [line.partition(": ")[2] for line in done.stdout.splitlines()[1:]] == [
+        "warned: the run is asked to save and stop",
+        "ended with 0",
+    ], done
+
+
 def test_what_is_of_a_site_stands_at_the_top_of_every_template() -> None:
     for path in TEMPLATES.glob("*.sbatch"):
         text = path.read_text()
