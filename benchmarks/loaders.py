@@ -13,6 +13,7 @@ What cannot be installed or fails is a row that says so.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import select
@@ -132,9 +133,12 @@ def _tree(pid: int) -> list[int]:
     """The process and its descendants."""
     try:
         threads = list(Path(f"/proc/{pid}/task").iterdir())
-        children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
     except (FileNotFoundError, ProcessLookupError):
         return []
+    children: list[int] = []
+    for thread in threads:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it may have ended; the others have not
+            children += map(int, (thread / "children").read_text().split())
     return [pid, *(descendant for child in children for descendant in _tree(child))]
 
 

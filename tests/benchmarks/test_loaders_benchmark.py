@@ -43,6 +43,20 @@ def test_a_quick_run_writes_its_tables_and_resumes_exactly(tmp_path: Path) -> No
     assert all(f"| `{name}` |" in text for name in HERE)
 
 
+def test_a_process_is_found_though_threads_of_it_end() -> None:
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        from loaders import _tree
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+    program = "import threading\nwhile True: threading.Thread(target=lambda: None).start()"
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        try:
+            assert [_tree(process.pid) for _ in range(1500)] == [[process.pid]] * 1500
+        finally:
+            process.kill()
+
+
 def test_a_contender_that_fails_is_a_row_and_a_loss_without_a_reason_is_marked(tmp_path: Path) -> None:
     sys.path.insert(0, str(SCRIPT.parent))
     try:
