@@ -87,20 +87,22 @@ class Contender:
     def __init__(self, table: Table, name: str, dataset: Path, directory: Path) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
-        port = _free_port()
         self._over = threading.Event()
         self._board = Board(table.processes) if name == SUPERVISED else None
         self._connections: list[Connection] = []
         self._processes = []
-        for rank in range(table.processes):
-            ours, theirs = context.Pipe()
-            board = None if self._board is None else self._board.descriptor
-            job = Job(table, name, rank, port, dataset, directory / name, board)
-            process = context.Process(target=run_contender, args=(theirs, job), daemon=True)
-            process.start()
-            theirs.close()
-            self._connections.append(ours)
-            self._processes.append(process)
+        # Rank 0 gets the socket: nobody else can take the port while the processes import torch.
+        with socket.create_server(("127.0.0.1", 0), backlog=socket.SOMAXCONN) as meeting:
+            for rank in range(table.processes):
+                ours, theirs = context.Pipe()
+                board = None if self._board is None else self._board.descriptor
+                port, listening = int(meeting.getsockname()[1]), meeting if rank == 0 else None
+                job = Job(table, name, rank, port, listening, dataset, directory / name, board)
+                process = context.Process(target=run_contender, args=(theirs, job), daemon=True)
+                process.start()
+                theirs.close()
+                self._connections.append(ours)
+                self._processes.append(process)
         if self._board is not None:
             threading.Thread(target=self._watch, args=(self._board, table.processes), daemon=True).start()
 
@@ -165,12 +167,6 @@ class Switched:
 
     def run_block(self, steps: int) -> float:
         return self._shared.run_block(steps, heartbeats=self.name == SUPERVISED)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def measure(table: Table, dataset: Path, directory: Path) -> dict[str, Any]:

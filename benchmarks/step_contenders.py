@@ -6,6 +6,7 @@ import dataclasses
 import io
 import os
 import resource
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ class Job:
     contender: str
     rank: int
     port: int
+    listening: socket.socket | None
+    """For rank 0: what listens at `port`."""
     dataset: Path
     directory: Path
     board: int | None
@@ -128,7 +131,9 @@ def run_contender(connection: Connection, job: Job) -> None:
     torch.set_num_threads(job.table.threads)
     config = _config(job)
     materials = open_materials(config, {"": LocalStore(job.dataset)})
-    world = join_world(Launch("benchmark", job.rank, job.table.processes, job.rank, "127.0.0.1", job.port), "cpu")
+    listening = None if job.listening is None else job.listening.detach()
+    launch = Launch("benchmark", job.rank, job.table.processes, job.rank, "127.0.0.1", job.port, listening)
+    world = join_world(launch, "cpu")
     run = _run_bare if job.contender == BARE else _run_lockstep
     module, watching_ms = run(job, config, materials, world, connection)
     probe_loss = _probe_loss(module, job)

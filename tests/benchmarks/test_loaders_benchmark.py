@@ -16,9 +16,10 @@ HERE = ("bare", "lockstep", "torch", "torch_batched")
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_quick_run_writes_its_tables_and_resumes_exactly(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--quick", "--cache", str(tmp_path / "cache"), "--output", str(tmp_path)]
-    finished = subprocess.run([*command, "--only", *HERE], capture_output=True, text=True, timeout=240)
+    finished = subprocess.run([*command, "--only", *HERE], capture_output=True, text=True, timeout=850)
     assert finished.returncode == 0, finished.stderr
 
     results = json.loads((tmp_path / "loaders.json").read_text())

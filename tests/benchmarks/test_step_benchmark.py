@@ -13,9 +13,10 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step.py"
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_quick_run_on_two_processes_writes_its_tables(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--only", "tiny", "--processes", "2", "--quick", "--output", str(tmp_path)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=850)
     assert finished.returncode == 0, finished.stderr
 
     result = json.loads((tmp_path / "step.json").read_text())
@@ -34,9 +35,10 @@ def test_a_quick_run_on_two_processes_writes_its_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_supervision_has_a_table_of_its_own(tmp_path: Path) -> None:
     options = ["--only", "supervision", "--processes", "1", "--quick", "--output", str(tmp_path)]
-    finished = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=240)
+    finished = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=850)
     assert finished.returncode == 0, finished.stderr
     (table,) = json.loads((tmp_path / "step-supervision.json").read_text())["tables"]
     assert set(table["contenders"]) == {"full", "supervised"}
