@@ -70,7 +70,7 @@ start_workers() {
     # The job is asked for by its nodes: of a range like 1-4, and a number of tasks, Slurm would give one.
     local nodes=$SLURM_JOB_NUM_NODES cores=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
     local each=$((cores / workers))
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$each}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$each} TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     local options=(--nodes="$nodes" --kill-on-bad-exit=1 --wait=60 --export=ALL "${srun_options[@]}")
     if [ "$launcher" = torchrun ]; then
         local host
