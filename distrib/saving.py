@@ -89,17 +89,18 @@ class Saver:
         enter("save.write", step)
         try:
             try:
-                save()
-            except SaveFailed as error:
-                failure = str(error)
-            outcome = SaveOutcome(step, failure, time.perf_counter() - begun)
-            self._report(outcome)
+                try:
+                    save()
+                except SaveFailed as error:
+                    failure = str(error)
+                outcome = SaveOutcome(step, failure, time.perf_counter() - begun)
+                self._report(outcome)
+            finally:  # before anybody hears that it is over: the end of the process may come at once
+                enter("idle" if self._config.asynchronous else "save")
         except BaseException as error:  # raised by `finish`, in the thread that trains
             over.set_exception(error)
         else:
             over.set_result(outcome)
-        finally:
-            enter("idle" if self._config.asynchronous else "save")
 
 
 def _work_off(work: queue.SimpleQueue[Callable[[], None] | None]) -> None:

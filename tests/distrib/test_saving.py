@@ -18,11 +18,13 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import distrib.saving
+from distrib import phases
 from distrib.checkpoint import open_checkpoint, save_checkpoint
 from distrib.config import CheckpointConfig
 from distrib.engine import CanonicalState
 from distrib.manifest import published_checkpoints
 from distrib.native import NativeEngine
+from distrib.phases import Moment
 from distrib.saving import SaveOutcome, Saver, Snapshot
 from distrib.sharding import local
 from distrib.world import World, single_process_world
@@ -302,6 +304,26 @@ def test_a_failing_run_waits_for_a_save_only_so_long(tmp_path: Path) -> None:
         may_write.set()
         assert saver.abandon(60.0)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_save_is_over_once_its_thread_has_said_that_it_is_idle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for it may end the process at once, and what its thread was still about to say would be lost."""
+    says_it, may_go_on = threading.Event(), threading.Event()
+
+    def hear(moment: Moment) -> None:
+        if moment.phase == "idle":
+            says_it.set()
+            may_go_on.wait(60)
+
+    monkeypatch.setattr(phases, "_observers", [hear])
+    saver = saver_of(ALONE)
+    begin(saver, make_engine(ALONE, ADAMW_CLIPPED), tmp_path, 1)
+    assert says_it.wait(60)
+    assert not saver.abandon(0.05)
+    may_go_on.set()
+    assert saver.abandon(60.0)
 
 
 @pytest.mark.long
