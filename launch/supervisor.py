@@ -277,7 +277,9 @@ def _find_death(end: AttemptEnd, written: _Record | None) -> tuple[Death, Worker
             rank, written["phase"], written["step"], written["cause"], name, f"rank {rank} failed: {written['reason']}"
         )
         return death, told
-    worker = [*killed, *left, *aborted, *end.failed][0]
+    # Two may have ended between two looks, and nobody knows which was first: who only lost another is not the cause.
+    own = [worker for worker in end.failed if worker.last_word not in ("lost contact", "waited in vain")]
+    worker = [*killed, *left, *aborted, *own, *end.failed][0]
     rank, code, beat = worker.rank, worker.process.returncode, end.beats[worker.rank]
     place = f"in {beat.phase} at step {beat.step}"
     if code < 0:

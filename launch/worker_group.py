@@ -28,7 +28,11 @@ LOOK_SECONDS = 0.25
 _GRACE_SECONDS = 5.0
 # One that was killed says nothing, and all that the others can say is that it is gone: nothing is worth waiting for.
 _GRACE_AFTER_KILL_SECONDS = 0.2
-_STACKS_SECONDS = 2.0
+# Looked for so often; and what did not grow for so many looks is all that a rank has to say. Looks are counted, not seconds:
+# a pause of the machine is not held against who was to answer.
+_STACKS_LOOKS = 100
+_STACKS_STILL_LOOKS = 8
+_STACKS_LOOK_SECONDS = 0.05
 
 
 @dataclass
@@ -214,7 +218,7 @@ class WorkerGroup:
     def _examine(self, hang: Hang) -> _Examined:
         """Collects the stacks of all ranks that answer, and finds out which rank is the cause."""
         beats = self._beats(hang)  # now: being asked for its stacks may wake a rank up
-        stopped, stacks = self._ask_for_stacks(self._running())
+        stopped, stacks = ask_for_stacks(self._running())
         return _Examined(find_cause(hang, stopped, stacks), hang.seconds, beats, stacks)
 
     def _examine_who_was_missed(self) -> _Examined | None:
@@ -226,30 +230,13 @@ class WorkerGroup:
         if not left or not waited or lost != self._failed:
             return None
         beats = self._beats()
-        stopped, stacks = self._ask_for_stacks(left)
+        stopped, stacks = ask_for_stacks(left)
         ranks = [worker.rank for worker in left]
         cause = find_missed(beats, [worker.rank for worker in waited], ranks, stopped, stacks)
         if cause is None:
             return None
         stacks |= {worker.rank: _read_all(worker.stacks) for worker in lost}
         return _Examined(cause, self._watch.still_seconds(cause[0]), beats, stacks)
-
-    def _ask_for_stacks(self, running: Sequence[Worker]) -> tuple[list[int], dict[int, str]]:
-        """Which ranks' processes are stopped, and the stacks of those that answer."""
-        stopped = [worker.rank for worker in running if _is_stopped(worker.process.pid)]
-        asked = [worker for worker in running if worker.rank not in stopped]
-        for worker in asked:
-            worker.process.send_signal(STACKS_SIGNAL)
-        deadline = time.monotonic() + _STACKS_SECONDS
-        stacks, sizes = dict[int, str](), dict[int, int]()
-        while len(stacks) < len(asked) and time.monotonic() < deadline:
-            time.sleep(0.05)
-            for worker in asked:
-                size = os.fstat(worker.stacks).st_size
-                if size and sizes.get(worker.rank) == size:  # it has written all it has to say
-                    stacks[worker.rank] = _read_all(worker.stacks)
-                sizes[worker.rank] = size
-        return stopped, stacks
 
     def _end(self, hang: _Examined | None) -> AttemptEnd:
         end = AttemptEnd(
@@ -261,6 +248,27 @@ class WorkerGroup:
         if hang is not None:
             end.hung, end.hung_seconds, end.stacks = hang.cause, hang.seconds, hang.stacks
         return end
+
+
+def ask_for_stacks(running: Sequence[Worker]) -> tuple[list[int], dict[int, str]]:
+    """Which ranks' processes are stopped, and the stacks of those that answer."""
+    stopped = [worker.rank for worker in running if _is_stopped(worker.process.pid)]
+    asked = [worker for worker in running if worker.rank not in stopped]
+    for worker in asked:
+        worker.process.send_signal(STACKS_SIGNAL)
+    stacks, sizes = dict[int, str](), dict[int, int]()
+    still = dict.fromkeys((worker.rank for worker in asked), 0)
+    for _ in range(_STACKS_LOOKS):
+        if len(stacks) == len(asked):
+            break
+        time.sleep(_STACKS_LOOK_SECONDS)
+        for worker in asked:
+            size = os.fstat(worker.stacks).st_size
+            still[worker.rank] = still[worker.rank] + 1 if size and sizes.get(worker.rank) == size else 0
+            if still[worker.rank] == _STACKS_STILL_LOOKS:
+                stacks[worker.rank] = _read_all(worker.stacks)
+            sizes[worker.rank] = size
+    return stopped, stacks
 
 
 def _read_all(memory: int) -> str:

@@ -15,13 +15,15 @@ import pytest
 
 from distrib.phases import Moment, Phase
 from launch.hangs import Hang, HangWatch, Limits, find_cause, find_missed, waits_for_others
-from launch.heartbeats import Beat, Board, Heartbeat
+from launch.heartbeats import Beat, Board, Heartbeat, LastWord
 from launch.post_mortem import read_post_mortem, write_post_mortem
 from launch.recipe import load_recipe
 from launch.restarts import Again, Death, GiveUp, Restarts
 from launch.run_directory import decide_resume
 from launch.stop_signals import StopSignals
-from launch.supervisor import _run_exit_code, default_workers
+from launch.supervised import STACKS_SIGNAL
+from launch.supervisor import _find_death, _run_exit_code, default_workers
+from launch.worker_group import AttemptEnd, Worker, ask_for_stacks
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,42 @@ def test_what_others_do_not_give_may_last() -> None:
 
 def test_without_restarts_a_run_ends_as_it_died() -> None:
     assert Restarts(0, 1.0, None).after(death(7, "exception"), None) == GiveUp(None)
+
+
+def ended(rank: int, code: int, last_word: LastWord) -> Worker:
+    process = subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({code})"])
+    process.wait()
+    return Worker(rank, process, -1, last_word=last_word)
+
+
+def test_who_only_lost_another_is_not_the_cause_whoever_was_noticed_first() -> None:
+    """Where both have ended between two looks of the supervisor, they are noted by rank."""
+    lost, cause = ended(0, 1, "lost contact"), ended(1, 3, "nothing")
+    beats = [Beat("backward", 7, 30, 30), Beat("forward", 7, 29, 29)]
+    for failed in ([lost, cause], [cause, lost]):
+        death, worker = _find_death(AttemptEnd([lost, cause], failed, beats, None), None)
+        assert (worker, death.rank, death.cause, death.name, death.phase) == (cause, 1, "exit", "3", "forward")
+    death, _ = _find_death(AttemptEnd([lost, cause], [lost], beats, None), None)
+    assert death.rank == 0
+
+
+def test_stacks_are_taken_once_they_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that writes them may have to stand still in the middle of that."""
+    memory = os.memfd_create("stacks")
+    pieces = {3: b"the threads", 6: b", and the main one", 9: b", which is the last"}
+    looks: list[float] = []
+
+    def look(seconds: float) -> None:
+        looks.append(seconds)
+        os.write(memory, pieces.get(len(looks), b""))
+
+    process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+    with monkeypatch.context() as hand:
+        hand.setattr("time.sleep", look)
+        found = ask_for_stacks([Worker(1, process, memory)])
+    assert process.wait() == -STACKS_SIGNAL
+    assert found == ([], {1: b"".join(pieces.values()).decode()})
+    os.close(memory)
 
 
 class Ranks:
