@@ -15,6 +15,7 @@ import pytest
 
 from tests.end_to_end.runs import (
     LOCKSTEP,
+    TIMEOUT_SECONDS,
     WarmProcess,
     checkpoints,
     command,
@@ -44,7 +45,7 @@ def test_the_stop_file_ends_a_run(recipe: Path, tmp_path: Path) -> None:
     with started(LOCKSTEP, "train", recipe, *ENDLESS, "--workers", 2, cwd=tmp_path) as process:
         wait_for_step(tmp_path / "run", 3, None, process)
         (tmp_path / "run" / "stop").touch()
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=TIMEOUT_SECONDS)
     assert_stopped_with_everything_saved(process.returncode, err, tmp_path / "run")
 
 
@@ -55,7 +56,7 @@ def test_a_request_that_comes_before_the_workers_listen_is_heard(
     with started(LOCKSTEP, "train", recipe, *ENDLESS, "--workers", 2, cwd=tmp_path) as process:
         wait_until(lambda: len(workers_of(process.pid)) == 2, "both workers")
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=TIMEOUT_SECONDS)
     assert_stopped_with_everything_saved(process.returncode, err, tmp_path / "run")
 
 
@@ -72,7 +73,7 @@ def _ask_while_preparing(number: signal.Signals, recipe: Path, tmp_path: Path) -
         with started(LOCKSTEP, *arguments, *ENDLESS, cwd=tmp_path) as process:
             wait_until(lambda: _waits_for_lock(process.pid), "waiting for the other preparation")
             process.send_signal(number)
-            _, err = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 75
     assert err.splitlines()[-1] == "lockstep: interrupted; what was finished is intact"
     assert not (tmp_path / "made").exists()
@@ -100,7 +101,7 @@ def test_a_request_that_comes_before_anything_is_there_ends_with_75(
             wait_until(lambda: _is_held_back(process.pid), "the first line of ours")
             time.sleep(delay)
             process.send_signal(number)
-            _, err = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=TIMEOUT_SECONDS)
         assert process.returncode == 75, (delay, err)
         assert "Traceback" not in err, (delay, err)
         if run.exists():
@@ -109,12 +110,28 @@ def test_a_request_that_comes_before_anything_is_there_ends_with_75(
             assert err == "lockstep: interrupted; what was finished is intact\n"
 
 
+# Python runs a module of this name in every process at its start: what the command imports waits for the request.
+IMPORTS_LATE = """
+import signal, sys, time
+
+class Waits:
+    def find_spec(self, name, *_):
+        while name == "launch.commands" and signal.SIGINT not in signal.sigpending():
+            time.sleep(0.01)
+
+sys.meta_path.insert(0, Waits())
+"""
+
+
 @pytest.mark.parametrize("command", ["evaluate", "report"])
 def test_ctrl_c_while_a_command_is_imported_is_a_line(command: str, tmp_path: Path) -> None:
-    with started(LOCKSTEP, command, "run", cwd=tmp_path) as process:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(IMPORTS_LATE)
+    with started(LOCKSTEP, command, "run", cwd=tmp_path, env=environment(PYTHONPATH=str(site))) as process:
         wait_until(lambda: _is_held_back(process.pid), "the first line of ours")
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=TIMEOUT_SECONDS)
     assert (process.returncode, err) == (75, "lockstep: interrupted; what was finished is intact\n")
 
 
@@ -130,22 +147,23 @@ def _waits_for_lock(pid: int) -> bool:
 def test_a_second_interrupt_ends_at_once_and_leaves_nobody(
     recipe_values: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    """A step of this model takes a minute: the first Ctrl-C waits for it, the second does not."""
+    """A step of this model takes a minute: the first Ctrl-C waits for it, the second does not. Two that come before the first
+    was heard are one."""
     values = recipe_values()
     values["model"] = {"kind": "own_package.models_of_mine:build_slow"}
     recipe = write_recipe(tmp_path / "slow.yaml", values)
     env = environment(PYTHONPATH=str(write_user_package(tmp_path / "mine")))
     with started(LOCKSTEP, "train", recipe, *ENDLESS, "--workers", 2, cwd=tmp_path, env=env) as process:
-        log = tmp_path / "run" / "logs" / "rank-0.log"
-        wait_until(lambda: log.exists() and "evaluation after step 0" in log.read_text(), "the first evaluation")
+        wait_until((tmp_path / "slow-0").exists, "a step")
         workers = workers_of(process.pid)
         process.send_signal(signal.SIGINT)
+        wait_until((tmp_path / "asked-0").exists, "word of the first Ctrl-C at a worker")
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=1.0)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
+        process.communicate(timeout=TIMEOUT_SECONDS)
         assert process.returncode == 1
-        wait_until(lambda: not any(map(is_running, workers)), "the end of all workers", seconds=10)
+        wait_until(lambda: not any(map(is_running, workers)), "the end of all workers")
 
 
 def test_leftovers_of_killed_saves_are_cleared(warm: WarmProcess, recipe: Path, tmp_path: Path) -> None:

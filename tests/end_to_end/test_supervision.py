@@ -16,6 +16,7 @@ import pytest
 
 from tests.end_to_end.runs import (
     LOCKSTEP,
+    TIMEOUT_SECONDS,
     Result,
     WarmProcess,
     checkpoints,
@@ -95,7 +96,8 @@ def assert_same_run(run: Path, straight: Path) -> None:
 
 def test_nobody_takes_the_port_at_which_the_workers_are_about_to_meet(recipe: Path, tmp_path: Path) -> None:
     """They import for seconds before they do: a port that was merely free when it was chosen could be gone by then."""
-    with started(LOCKSTEP, "train", recipe, "run.directory=run", "--workers", 2, cwd=tmp_path) as process:
+    arguments = ["train", recipe, "run.directory=run", "run.steps=1000000", "--workers", 2]
+    with started(LOCKSTEP, *arguments, cwd=tmp_path) as process:
         wait_until(lambda: bool(workers_of(process.pid)), "a worker")
         variables = Path(f"/proc/{workers_of(process.pid)[0]}/environ").read_bytes().split(b"\0")
         port = next(int(v.removeprefix(b"MASTER_PORT=")) for v in variables if v.startswith(b"MASTER_PORT="))
@@ -103,21 +105,31 @@ def test_nobody_takes_the_port_at_which_the_workers_are_about_to_meet(recipe: Pa
             thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with pytest.raises(OSError, match="in use"):
                 thief.bind(("127.0.0.1", port))
-        _, err = process.communicate()
-    assert process.returncode == 0, err
+        process.terminate()
+        _, err = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 75, err
     assert f"met at 127.0.0.1:{port}\n" in err
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_killed_rank_is_replaced(rank: int, recipe: Path, straight_run: Callable[..., Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    arguments = ["train", recipe, "run.directory=run", f"run.steps={STEPS}", *RESTARTED]
-    with started(LOCKSTEP, *arguments, cwd=tmp_path) as process:
+    # Its first attempt does not come to its end before somebody kills it.
+    env = at_a_moment("data", 30, "time.sleep(3600)", tmp_path, ranks="01")
+    arguments = [
+        "train",
+        recipe,
+        "run.directory=run",
+        f"run.steps={STEPS}",
+        "run.hang_timeout_seconds=null",
+        *RESTARTED,
+    ]
+    with started(LOCKSTEP, *arguments, cwd=tmp_path, env=env) as process:
         wait_for_step(run, 8, None, process)
         wait_until(lambda: bool(checkpoints(run)), "a checkpoint to go on from")
         workers = workers_of(process.pid)
         os.kill(workers[rank], signal.SIGKILL)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 0, err
     assert not any(map(is_running, workers))
     assert_same_run(run, straight_run(2, STEPS))
@@ -139,12 +151,9 @@ def test_a_stopped_rank_is_named_and_replaced(
     rank: int, recipe: Path, straight_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
+    env = at_a_moment("forward", 20, "os.kill(os.getpid(), signal.SIGSTOP)", tmp_path, ranks=str(rank))
     arguments = ["train", recipe, "run.directory=run", f"run.steps={STEPS}", QUICK, *RESTARTED]
-    with started(LOCKSTEP, *arguments, cwd=tmp_path) as process:
-        wait_for_step(run, 8, None, process)
-        os.kill(workers_of(process.pid)[rank], signal.SIGSTOP)
-        _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    lockstep(*arguments, cwd=tmp_path, env=env).succeeded()
     assert_same_run(run, straight_run(2, STEPS))
     died = read_json(run / "post-mortem.json")
     assert (died["rank"], died["cause"], died["exit_code"], died["signal"]) == (rank, "hang", None, None)
@@ -379,7 +388,7 @@ def test_a_request_to_stop_while_waiting_to_start_again(how: str, faulty: Path, 
             (run / "stop").touch()
         else:
             process.send_signal(signal.Signals[how])
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 75, err
     assert err.splitlines()[-1] == "lockstep: stopped on request before another attempt; what was saved last is intact"
     assert read_json(run / "outcome.json")["exit_code"] == 75
@@ -418,7 +427,7 @@ def test_a_run_without_a_directory_of_its_own_goes_on_in_the_one_it_was_given(fa
 def test_a_supervisor_that_is_killed_takes_a_stuck_rank_along(faulty: Path, tmp_path: Path) -> None:
     env = fails("hang", [30], tmp_path)
     with started(LOCKSTEP, "train", faulty, "run.directory=run", "--workers", 2, cwd=tmp_path, env=env) as process:
-        wait_until(lambda: (tmp_path / "tried").exists(), "the hang")
+        wait_until((tmp_path / "hangs").exists, "the hang")
         workers = workers_of(process.pid)
         process.kill()
         process.wait()
@@ -430,12 +439,13 @@ def test_a_supervisor_that_is_killed_takes_a_stuck_rank_along(faulty: Path, tmp_
 def test_ctrl_c_asks_first_and_then_ends_at_once_even_a_stuck_rank(faulty: Path, tmp_path: Path) -> None:
     env = fails("hang", [30], tmp_path)
     with started(LOCKSTEP, "train", faulty, "run.directory=run", "--workers", 2, cwd=tmp_path, env=env) as process:
-        wait_until(lambda: (tmp_path / "tried").exists(), "the hang")
+        wait_until((tmp_path / "hangs").exists, "the hang")
         process.send_signal(signal.SIGINT)
+        wait_until(lambda: (tmp_path / "asked").stat().st_size > 0, "word of the first at the stuck rank")
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=1.0)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 1
     run = tmp_path / "run"
     assert len(attempts(run)) == 1

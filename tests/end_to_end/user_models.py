@@ -61,14 +61,21 @@ class HungryForMany(Plain):
 
 
 class Slow(Plain):
-    """Takes a minute for every training step, after the dry run's two forward passes."""
+    """Takes a minute for every training step, after the dry run's two forward passes, and says when its worker is asked to
+    stop meanwhile."""
 
     forwards = 0
 
     def forward(self, tokens):
         self.forwards += self.training and not tokens.is_meta
         if self.training and self.forwards > 2:
-            time.sleep(60)
+            rank = os.environ["RANK"]
+            Path(f"slow-{rank}").touch()
+            stop = signal.getsignal(signal.SIGTERM).__self__
+            for _ in range(600):
+                time.sleep(0.1)
+                if stop.asked():
+                    Path(f"asked-{rank}").touch()
         return super().forward(tokens)
 
 
@@ -89,19 +96,33 @@ class Broken(Plain):
 
 
 class EndsDuringSave(WithMethods):
-    """Has a large state, and ends as BREAK says once the checkpoint of step 10 is being written."""
+    """Ends as BREAK says in the step after the tenth, while the checkpoint of that is being written, which waits for this."""
 
     def __init__(self, vocabulary_size, width):
         super().__init__(vocabulary_size, width)
         self.register_buffer("large", torch.zeros(1 << 24))
+        self.how = os.environ.get("BREAK")
+        self.ends = os.environ.get("RANK", "0") == os.environ.get("BREAK_RANK", "0")
+        if self.how:
+            from distrib import phases
+
+            phases.observe(self.hold_save)
+
+    def hold_save(self, moment):
+        while moment[:2] == ("save.manifest", 10) and not Path("ends").exists():
+            time.sleep(0.01)
 
     def forward(self, tokens):
-        how = os.environ.get("BREAK") if os.environ.get("RANK", "0") == os.environ.get("BREAK_RANK", "0") else None
-        if how and self.training and any(Path("run/checkpoints").glob(".tmp-step-00000010-*")):
-            if how == "mistake":
+        from distrib import phases
+
+        if self.how and self.ends and self.training and phases.now()[:2] == ("forward", 10):
+            while not any(Path("run/checkpoints").glob(".tmp-step-00000010-*")):
+                time.sleep(0.01)
+            Path("ends").touch()
+            if self.how == "mistake":
                 raise ArithmeticError("a mistake during the save")
             for _ in range(2):
-                os.kill(os.getpid(), {"interrupt": signal.SIGINT, "kill": signal.SIGKILL}[how])
+                os.kill(os.getpid(), {"interrupt": signal.SIGINT, "kill": signal.SIGKILL}[self.how])
         return super().forward(tokens)
 
 
@@ -194,7 +215,8 @@ class AltersItsData(Plain):
 
 
 class Faulty(WithMethods):
-    """On rank FAULT_RANK, at the training forwards that FAULTS lists: by attempt, each counted within it."""
+    """On rank FAULT_RANK, at the training forwards that FAULTS lists: by attempt, each counted within it. One that hangs writes
+    to `asked` of what signals it hears."""
 
     forwards = 0
 
@@ -213,7 +235,11 @@ class Faulty(WithMethods):
                 case "exit":
                     os._exit(3)
                 case "hang":
-                    ctypes.PyDLL(None).sleep(3600)  # keeps the lock of the interpreter
+                    signal.set_wakeup_fd(os.open("asked", os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK))
+                    Path("hangs").touch()
+                    mutex, library = ctypes.create_string_buffer(64), ctypes.PyDLL(None)
+                    while True:  # the second time for ever: no signal ends that, and it keeps the lock of the interpreter
+                        library.pthread_mutex_lock(mutex)
         return super().forward(tokens)
 
 
