@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -17,9 +18,11 @@ import pytest
 
 from tests.end_to_end.runs import (
     LOCKSTEP,
+    TIMEOUT_SECONDS,
     WarmProcess,
     checkpoints,
     digests,
+    environment,
     final_bytes,
     history,
     is_running,
@@ -32,8 +35,22 @@ from tests.end_to_end.runs import (
     write_recipe,
 )
 
-# Far more than the attempts below get through, so that every interruption finds the run at work.
+# More than all the attempts below get through, so that every interruption finds the run at work.
 STEPS = 150
+# No attempt takes more steps than these before it has been interrupted, however late that is.
+MOST_STEPS = 15
+# Python runs a module of this name in every process at its start.
+WAITS = """
+import os, time
+
+def hear(moment):
+    while moment.phase == "data" and moment.step >= int(os.environ["LAST"]) and not os.path.exists(os.environ["GO_ON"]):
+        time.sleep(0.001)
+
+if "RANK" in os.environ:
+    from distrib.phases import observe
+    observe(hear)
+"""
 # How an attempt is ended, and the exit code that `lockstep train` must then have.
 INTERRUPTIONS = {
     "everything killed": -signal.SIGKILL,
@@ -51,7 +68,8 @@ def interrupt(process: subprocess.Popen[str], how: str, choose: random.Random) -
     match how:
         case "everything killed" | "everything killed at the start":
             for pid in [process.pid, *workers]:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # workers go with their supervisor
+                    os.kill(pid, signal.SIGKILL)
         case "supervisor killed":
             os.kill(process.pid, signal.SIGKILL)
         case "worker killed":
@@ -72,16 +90,23 @@ def attempt_and_interrupt(recipe: Path, run: Path, world_size: int, how: str, ch
     """One attempt, ended `how` at a random moment within the next few steps."""
     before = len(json.loads((run / "run.json").read_text())["attempts"]) if (run / "run.json").exists() else 0
     begun = max((int(name.removeprefix("step-")) for name in checkpoints(run)), default=0)
-    with started(LOCKSTEP, *train(recipe, run, world_size), cwd=run.parent) as process:
+    site = run.parent / "site"
+    site.mkdir(exist_ok=True)
+    (site / "sitecustomize.py").write_text(WAITS)
+    go_on = run.parent / f"interrupted-{time.monotonic_ns()}"
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = environment(PYTHONPATH=path, LAST=str(begun + MOST_STEPS), GO_ON=str(go_on))
+    with started(LOCKSTEP, *train(recipe, run, world_size), cwd=run.parent, env=env) as process:
         if how == "everything killed at the start":
             time.sleep(choose.uniform(0.0, 4.0))
         else:
             wait_for_step(run, begun + choose.randint(1, 7), before + 1, process)
             time.sleep(choose.uniform(0.0, 0.03))
         workers = interrupt(process, how, choose)
-        out, err = process.communicate(timeout=60)
+        go_on.touch()
+        out, err = process.communicate(timeout=TIMEOUT_SECONDS)
         assert process.returncode == INTERRUPTIONS[how], f"{how}: {process.returncode}\n{out}\n{err}"
-        wait_until(lambda: not any(map(is_running, workers)), f"the end of all workers after: {how}", seconds=30)
+        wait_until(lambda: not any(map(is_running, workers)), f"the end of all workers after: {how}")
     if how == "worker killed":
         assert "was killed by SIGKILL" in err
     if INTERRUPTIONS[how] == 75:
