@@ -220,7 +220,7 @@ def run_case(ground: Ground, directory: Path, case: Case, *, patience_seconds: f
     `patience_seconds`: how long what is left of its processes may take to end."""
     if patience_seconds is None:
         # A tracker whose trainer was killed has so long for what it was given before.
-        patience_seconds = ORPHAN_SECONDS + 60.0 if case.hung_tracker else 30.0
+        patience_seconds = ORPHAN_SECONDS + 60.0 if case.hung_tracker else 60.0
     site = CaseSite(ground, directory, case)
     begun = time.monotonic()
     with site.ready():

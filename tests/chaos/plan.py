@@ -136,11 +136,12 @@ def make_case(fault: str, choose: random.Random, directory: Path, phase: str | N
             where = _place(choose, phase or choose.choice([*TRAINING, "save.write"]))
             where = (*where[:2], 0) if where[0] == "save.write" else where
             disk = {"run": run_place(directory), "checkpoints": checkpoints_place(directory)}[small]
-            return Case(fault, (_at(where, [_fill(disk)]),), "78, then identical", small_disk=small)
+            actions = [*_saves_over(where, directory), _fill(disk)]
+            return Case(fault, (_at(where, actions),), "78, then identical", small_disk=small)
         case "flipped bit in the newest checkpoint":
             flip = _flip(choose, checkpoints_place(directory) / "step-*[0-9]" / "*", of="one of the newest")
             where = _place(choose, phase, first_step=_FIRST_STEP_WITH_TWO_SAVED)
-            return Case(fault, (_at(where, [flip, _KILL]),), "identical")
+            return Case(fault, (_at(where, [*_saves_over(where, directory), flip, _KILL]),), "identical")
         case "flipped bit in a local shard":
             # Before the last save: there is something left to read.
             where = _place(choose, phase, last_step=STEPS - SAVE_EVERY_STEPS)
@@ -167,7 +168,7 @@ def make_case(fault: str, choose: random.Random, directory: Path, phase: str | N
             turn = ("turn_back_clock", {"folder": str(checkpoints_place(directory))})
             # Some steps are done by the new clock before the run has to look for its newest checkpoint.
             turned = Happening("data", SAVE_EVERY_STEPS, None, [("turn_back_clock", {"folder": None})])
-            return Case(fault, (turned, _at(where, [turn, _KILL])), "identical", main=1)
+            return Case(fault, (turned, _at(where, [*_saves_over(where, directory), turn, _KILL])), "identical", main=1)
         case "NaN":
             phase = phase or choose.choice(("forward", "backward", "reduce"))
             # After the sum over the ranks it is the same on all of them; before, one is enough.
@@ -224,6 +225,17 @@ def _place(
 
 def _at(place: tuple[str, int, int], actions: list[Action], delay_seconds: float = 0.0) -> Happening:
     return Happening(*place, actions, delay_seconds)
+
+
+def _saves_over(where: tuple[str, int, int], directory: Path) -> list[Action]:
+    """Waits until the saves before a phase of a step are over: what one that goes on beside it publishes and deletes would
+    come before a fault or after it."""
+    phase, step, _ = where
+    if phase not in TRAINING:
+        return []
+    saved = range(SAVE_EVERY_STEPS, step + 1, SAVE_EVERY_STEPS)[-2:]
+    names = [f"step-{saved_step:08d}" for saved_step in saved]
+    return [("await_saves", {"folder": str(checkpoints_place(directory)), "names": names})]
 
 
 def _save_step(choose: random.Random) -> int:

@@ -52,8 +52,7 @@ class Injector:
         if self._first_step is None:
             self._first_step = steps_done
         elif self._rank == 0 and steps_done == self._first_step + 1:
-            worked = {"begun": self._begun, "time": _real_clock()}
-            (self._folder / f"worked-{os.getpid()}").write_text(json.dumps(worked))
+            _write(self._folder / f"worked-{os.getpid()}", {"begun": self._begun, "time": _real_clock()})
 
     def _may(self, number: int) -> bool:
         rank = self._faults[number]["rank"]
@@ -64,7 +63,7 @@ class Injector:
         return self._folder / f"happened-{number}-{self._rank}"
 
     def _happen(self, number: int, fault: dict[str, Any], moment: Any) -> None:
-        self._record(number).write_text(json.dumps({"time": _real_clock(), "phase": moment.phase, "step": moment.step}))
+        _write(self._record(number), {"time": _real_clock(), "phase": moment.phase, "step": moment.step})
 
         def act() -> None:
             for name, arguments in fault["actions"]:
@@ -74,6 +73,19 @@ class Injector:
             threading.Timer(fault["delay_seconds"], act).start()
         else:
             act()
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    """Whole, or not at all: another rank's fault may kill this one meanwhile."""
+    half_written = path.with_name(f".{path.name}")
+    half_written.write_text(json.dumps(record))
+    half_written.replace(path)
+
+
+def await_saves(folder: str, names: list[str]) -> None:
+    """Until these are the checkpoints, and nothing else is there: a save, and what it deletes, goes on beside the steps."""
+    while sorted(path.name for path in Path(folder).glob("step-*")) != names or any(Path(folder).glob(".tmp-*")):
+        time.sleep(0.001)
 
 
 def send(number: int) -> None:
@@ -203,6 +215,7 @@ def _engine_frame() -> Any:
 ACTIONS: dict[str, Callable[..., None]] = {
     action.__name__: action
     for action in (
+        await_saves,
         send,
         kill_launcher,
         kill_all,
