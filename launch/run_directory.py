@@ -22,7 +22,7 @@ from launch.config import RunConfig
 
 RUNS = Path("runs")
 STOP_FILE = "stop"
-_LAST_THREAD_LOOKS = 60
+_LAST_THREAD_LOOKS = 200
 _LOOK_SECONDS = 0.05
 OUTCOME_FILE = "outcome.json"
 _VERSIONS = (
@@ -196,7 +196,7 @@ def claim(config: RunConfig, resume: Resume, *, restarted: bool = False) -> RunD
 
 def _lock(lock: IO[str]) -> None:
     """Raises BlockingIOError where another process keeps the lock. One that was killed has it until its last thread is gone,
-    which may be a moment after it is gone for whoever killed it."""
+    which may be seconds after it is gone for whoever killed it: no kill ends a flush to a busy disk."""
     # Looks are counted, not seconds: where this process itself stood still, the other one may have stood still as well.
     for _ in range(_LAST_THREAD_LOOKS):
         with contextlib.suppress(BlockingIOError):
