@@ -121,15 +121,16 @@ def _lines(run_directory: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
         return
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            record = _parse(line)
-            if record is None:
-                if not line.endswith(b"\n"):
-                    break
+            record, whole = _parse(line), line.endswith(b"\n")
+            if record is not None:
+                yield number, _kind(record), record
+            elif whole:
                 raise ValueError(
                     f"{path}: line {number} is not a JSON object with a whole-number `step` that a run can have; "
                     "restore the file or delete that line"
                 )
-            yield number, _kind(record), record
+            if not whole:
+                break  # it is being written: what comes after it is its rest, and no line
 
 
 def _kind(record: dict[str, Any]) -> str:

@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.tracking.metrics_file import MetricsFile, read_checkpoint_stalls, read_last_step, read_metrics
+from launch.tracking.metrics_file import (
+    MetricsFile,
+    read_checkpoint_stalls,
+    read_last_step,
+    read_metrics,
+    read_step_lines,
+)
 
 
 def write(run: Path, *records: dict) -> None:
@@ -79,6 +85,17 @@ def test_a_whole_last_line_without_its_newline_is_kept(tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path)[0]) == 2
     write(tmp_path, {"step": 3})
     assert [record["step"] for record in read_metrics(tmp_path)[0]] == [1, 2, 3]
+
+
+def test_a_line_that_is_read_while_it_is_written_is_one_line(tmp_path: Path) -> None:
+    """A page of the file may end before its newline; the rest comes when the line is known already."""
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        print('{"step": 1}', end="", file=file, flush=True)
+        lines = read_step_lines(tmp_path)
+        assert next(lines) == (1, {"step": 1})
+        print('\n{"step": 2}', file=file, flush=True)
+        assert list(lines) == []
+    assert [number for number, _ in read_step_lines(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize("broken", ["{", "[1]", '{"loss": 1.0}', '{"step": 1.5}', '{"step": true}', "\ufffd", ""])
