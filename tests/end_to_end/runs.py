@@ -250,13 +250,14 @@ def workers_of(supervisor: int) -> list[int]:
             parent = int(stat.read_text().rpartition(")")[2].split()[1])
             words = (stat.parent / "cmdline").read_bytes().split(b"\0")
             if parent == supervisor and b"launch.train" in words:
-                found.append((_rank(stat.parent), int(stat.parent.name)))
+                # One that has ended since has no environment any more.
+                found += [(rank, int(stat.parent.name)) for rank in _ranks(stat.parent)]
     return [pid for _, pid in sorted(found)]
 
 
-def _rank(process: Path) -> int:
+def _ranks(process: Path) -> list[int]:
     variables = (process / "environ").read_bytes().split(b"\0")
-    return next(int(v.removeprefix(b"RANK=")) for v in variables if v.startswith(b"RANK="))
+    return [int(v.removeprefix(b"RANK=")) for v in variables if v.startswith(b"RANK=")]
 
 
 def is_running(pid: int) -> bool:
@@ -288,6 +289,48 @@ def wait_for_step(run: Path, step: int, attempt: int | None, process: subprocess
 def checkpoints(run: Path) -> list[str]:
     """Names of the published checkpoints, oldest first."""
     return sorted(path.name for path in (run / "checkpoints").glob("step-*[0-9]"))
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest published checkpoint; 0 where there is none."""
+    return max((int(name.removeprefix("step-")) for name in checkpoints(run)), default=0)
+
+
+def stop_beyond_a_checkpoint(
+    process: subprocess.Popen[str], run: Path, attempt: int, *, saved: int, steps: int
+) -> list[int]:
+    """Makes a run and its workers stand still (SIGSTOP) where a checkpoint of step `saved` or later is published, and `steps`
+    steps or more that come after the newest are recorded. How far the thread that saves is behind the one that trains is up to
+    chance, and whoever looks and then kills comes later than they looked. Returns the workers' process ids, by rank."""
+
+    def far_enough() -> bool:
+        recorded = max((r["step"] for r in read_metrics(run)[0] if r["attempt"] == attempt), default=0)
+        return newest_step(run) >= saved and recorded >= newest_step(run) + steps
+
+    while True:
+        wait_until(lambda: process.poll() is not None or far_enough(), f"{steps} steps of {run} beyond a checkpoint")
+        assert process.poll() is None, "the run ended by itself"
+        workers = workers_of(process.pid)
+        _stop([process.pid, *workers])
+        if far_enough():
+            return workers
+        for pid in [process.pid, *workers]:
+            os.kill(pid, signal.SIGCONT)
+
+
+def _stop(processes: Sequence[int]) -> None:
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: all(map(_stands_still, processes)), "a stop of all threads")
+
+
+def _stands_still(pid: int) -> bool:
+    """Whether every thread of a process is stopped: a signal reaches one after the other, and not within a write to disk."""
+    try:
+        states = {stat.read_text().rpartition(")")[2].split()[0] for stat in Path(f"/proc/{pid}/task").glob("*/stat")}
+    except OSError:  # a thread has ended meanwhile
+        return False
+    return states == {"T"}
 
 
 def final_bytes(run: Path) -> dict[str, str]:
