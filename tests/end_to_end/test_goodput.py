@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,11 +20,12 @@ from launch.tracking.metrics_file import read_all_lines
 from tests.end_to_end.runs import (
     LOCKSTEP,
     WarmProcess,
-    checkpoints,
     environment,
     is_running,
     lockstep,
+    newest_step,
     started,
+    stop_beyond_a_checkpoint,
     wait_for_step,
     wait_until,
     workers_of,
@@ -31,7 +33,8 @@ from tests.end_to_end.runs import (
 )
 from tests.end_to_end.user_models import write_user_package
 
-STEPS = 150
+# More than any attempt gets through before it is ended.
+STEPS = 100_000
 # The wall clock may be steered by as much of the time, and processes are known to have begun to a hundredth of a second.
 STEERED, TICK = 1e-3, 0.011
 
@@ -64,12 +67,12 @@ def assert_lines_agree_with_the_wall(run: Path) -> None:
         before[record["attempt"]] = told
 
 
-def train(recipe: Path, run: Path, world_size: int) -> list[object]:
+def train(recipe: Path, run: Path, world_size: int, steps: int = STEPS) -> list[object]:
     arguments = [
         "train",
         recipe,
         f"run.directory={run}",
-        f"run.steps={STEPS}",
+        f"run.steps={steps}",
         "run.max_restarts=1",
         "--resume",
         "auto",
@@ -77,16 +80,12 @@ def train(recipe: Path, run: Path, world_size: int) -> list[object]:
     return [LOCKSTEP, *arguments, "--workers", world_size]
 
 
-def kill_everything(process: subprocess.Popen[str]) -> None:
-    workers = workers_of(process.pid)
+def kill_everything(process: subprocess.Popen[str], workers: list[int]) -> None:
     for pid in [process.pid, *workers]:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # the workers end with it
+            os.kill(pid, signal.SIGKILL)
     process.wait()
-    wait_until(lambda: not any(map(is_running, workers)), "the end of all workers", seconds=30)
-
-
-def steps_beyond_the_checkpoint(run: Path, steps: int) -> int:
-    return steps + max((int(name.removeprefix("step-")) for name in checkpoints(run)), default=0)
+    wait_until(lambda: not any(map(is_running, workers)), "the end of all workers")
 
 
 @pytest.mark.long
@@ -94,20 +93,20 @@ def test_a_run_that_is_killed_again_and_again_accounts_for_every_second(recipe: 
     """At three world sizes, by hand and by the supervisor, with a torn last line and an attempt without a step."""
     run, began = tmp_path / "run", time.time()
     with started(*train(recipe, run, 2), cwd=tmp_path) as process:
-        wait_for_step(run, 7, 1, process)
-        kill_everything(process)
+        kill_everything(process, stop_beyond_a_checkpoint(process, run, 1, saved=5, steps=3))
     with (run / "metrics.jsonl").open("r+b") as file:
         file.truncate(file.seek(0, os.SEEK_END) - 30)
     with started(*train(recipe, run, 1), cwd=tmp_path) as process:
-        wait_for_step(run, steps_beyond_the_checkpoint(run, 8), 2, process)
-        os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+        (worker,) = stop_beyond_a_checkpoint(process, run, 2, saved=newest_step(run) + 1, steps=1)
+        os.kill(worker, signal.SIGKILL)
+        process.send_signal(signal.SIGCONT)
         wait_until(lambda: len(read_attempts(run)) == 3 or process.poll() is not None, "the third attempt")
-        kill_everything(process)
+        kill_everything(process, workers_of(process.pid))
     with started(*train(recipe, run, 3), cwd=tmp_path) as process:
-        wait_for_step(run, steps_beyond_the_checkpoint(run, 3), 4, process)
+        wait_for_step(run, newest_step(run) + 3, 4, process)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
-    lockstep(*train(recipe, run, 2)[1:], cwd=tmp_path).succeeded()
+    lockstep(*train(recipe, run, 2, newest_step(run) + 20)[1:], "--allow-change", cwd=tmp_path).succeeded()
     ended = time.time()
 
     assert_nothing_is_missing(run, began, ended)
