@@ -6,14 +6,17 @@ import contextlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch.clock import STEP_PHASES
 from launch.goodput import account_of
 from launch.history import history_of, read_attempts, read_lines
 from launch.tracking.metrics_file import read_all_lines
@@ -139,7 +142,12 @@ def test_who_waits_for_another_rank_communicates(recipe_values: Callable[..., di
     told.succeeded()
     seconds = account_of(tmp_path / "run").seconds
     assert seconds["communication"] >= 0.5 * steps * late_seconds
-    assert seconds["communication"] > seconds["compute"]
+    # In most steps: one in which rank 0 itself waited long for a core may make up for all others.
+    clocks = [record["clock"] for _, record in read_all_lines(tmp_path / "run") if "digest" in record]
+    waited = [after["waiting"] - before["waiting"] for before, after in pairwise(clocks)]
+    within = [sum(clock["phases"][phase] for phase in STEP_PHASES) for clock in clocks]
+    worked = [after - before - wait for (before, after), wait in zip(pairwise(within), waited, strict=True)]
+    assert statistics.median(waited) > statistics.median(worked)
 
 
 def test_one_rank_alone_waits_for_nobody(warm: WarmProcess, recipe: Path, tmp_path: Path) -> None:
