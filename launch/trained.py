@@ -138,7 +138,7 @@ def _load_checkpoint(run_directory: Path, checkpoint: Path | None, module: nn.Mo
         found = open_checkpoint(checkpoint, world) if checkpoint else _find_newest(run_directory, world)
         try:
             load_tensors(found, model_tensors(module), world)
-        except (OSError, CheckpointException):
+        except (OSError, CheckpointException, ValueError):  # files missing, or, as they are listed, none there any more
             if checkpoint or found.path.exists():
                 raise
         else:

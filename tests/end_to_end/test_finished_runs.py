@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from distrib.checkpoint import Checkpoint
+from distrib.world import World
+from launch import trained
 from launch.attempt import format_metrics
 from launch.tracking.metrics_file import read_metrics
 from tests.end_to_end.runs import (
@@ -108,6 +112,27 @@ def test_a_run_can_be_evaluated_while_it_trains(recipe: Path, tmp_path: Path) ->
         for _ in range(3):
             assert "loss" in lockstep("evaluate", "run", cwd=tmp_path).succeeded().out
         assert process.poll() is None
+
+
+def test_a_checkpoint_that_goes_while_its_files_are_listed_is_not_taken_for_one_of_another_model(
+    straight_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has the directory open when a live run retires it finds it emptied."""
+    run = shutil.copytree(straight_run(1), tmp_path / "run")
+    read = trained.load_tensors
+
+    def read_and_retire(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], world: World) -> None:
+        if checkpoint.path.name != "step-00000040":
+            return read(checkpoint, tensors, world)
+        checkpoint.path.rename(tmp_path / "retired")
+        checkpoint.path.mkdir()
+        try:
+            return read(checkpoint, tensors, world)
+        finally:
+            checkpoint.path.rmdir()
+
+    monkeypatch.setattr(trained, "load_tensors", read_and_retire)
+    assert trained.load_trained(run, None, [], "cpu").checkpoint.path.name == "step-00000035"
 
 
 def test_generate_is_a_function_of_its_seed(warm: WarmProcess, learned_gpt: Path) -> None:
