@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distrib.manifest import (
     MANIFEST_NAME,
@@ -22,7 +23,12 @@ from launch.exit_codes import DO_NOT_RESTART, DONE
 from launch.run_directory import NONE_VERIFIES
 from launch.tables import format_table
 
+if TYPE_CHECKING:
+    from distrib.checkpoint import Checkpoint
+    from distrib.world import World
+
 _COLUMNS = ("checkpoint", "step", "position", "world", "engine", "bytes", "date", "state")
+_DELETED = "deleted by the run while it was read"
 
 
 def verify(path: Path) -> int:
@@ -33,7 +39,7 @@ def verify(path: Path) -> int:
         if reason is None:
             print(f"{checkpoint}: good")
         elif not checkpoint.exists():
-            print(f"{checkpoint}: deleted by the run while it was read")
+            print(f"{checkpoint}: {_DELETED}")
         else:
             print(f"{checkpoint}: BAD: {reason}")
             exit_code = DO_NOT_RESTART
@@ -58,27 +64,37 @@ def list_run(run_directory: Path) -> int:
 def export(path: Path, out: Path) -> int:
     """Writes the weights of a checkpoint, or of a run's newest good one, for other tools. Returns an exit code."""
     candidates = _readable_at(path)
-    from distrib.checkpoint import open_checkpoint, read_newest_good
+    from distrib.checkpoint import open_checkpoint
     from distrib.export import export_weights, refuse_occupied
     from distrib.world import single_process_world
 
     refuse_occupied(out)
     world = single_process_world("cpu")
-    if candidates == [path]:
-        checkpoint = open_checkpoint(path, world)
-    else:
-        found, passed_over = read_newest_good(path / "checkpoints", world)
-        for bad in passed_over:
-            print(f"passed over a checkpoint: {bad.reason}", file=sys.stderr)
-        if found is None:
-            raise BadCheckpoint(f"{path}: no good checkpoint; restore one, or train anew")
-        checkpoint = found
-    exported = export_weights(checkpoint, out)
+    while True:
+        checkpoint = open_checkpoint(path, world) if candidates == [path] else _newest_good(path, world)
+        try:
+            exported = export_weights(checkpoint, out)
+            break
+        except ValueError:
+            if candidates == [path] or checkpoint.path.exists():
+                raise
+            # A live run has retired it meanwhile, for a newer one.
     print(
         f"{out}: {exported.tensors} tensors, {exported.bytes:,} bytes in {len(exported.files)} "
         f"file{'s' if len(exported.files) > 1 else ''}, from {checkpoint.path}"
     )
     return DONE
+
+
+def _newest_good(run_directory: Path, world: World) -> Checkpoint:
+    from distrib.checkpoint import read_newest_good
+
+    found, passed_over = read_newest_good(run_directory / "checkpoints", world)
+    for bad in passed_over:
+        print(f"passed over a checkpoint: {bad.reason}", file=sys.stderr)
+    if found is None:
+        raise BadCheckpoint(f"{run_directory}: no good checkpoint; restore one, or train anew")
+    return found
 
 
 def _checkpoints_at(path: Path) -> list[Path]:
@@ -132,8 +148,10 @@ def _row(checkpoint: Path) -> tuple[str, ...]:
         manifest = read_manifest(checkpoint)
         saved = time.localtime((checkpoint / MANIFEST_NAME).stat().st_mtime)
     except (ValueError, FileNotFoundError) as error:
-        return _other_row(checkpoint, f"BAD: {error}")
+        return _other_row(checkpoint, f"BAD: {error}" if checkpoint.exists() else _DELETED)
     reason = _why_bad(checkpoint, contents=False)
+    if reason is not None and not checkpoint.exists():
+        return _other_row(checkpoint, _DELETED)
     return (
         checkpoint.name,
         *(str(manifest.get(key, "-")) for key in ("step", "position", "world", "engine")),

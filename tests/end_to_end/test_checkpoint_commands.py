@@ -8,9 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import distrib.export
+import launch.checkpoints
+from distrib.checkpoint import Checkpoint
+from launch.cli import main
 from tests.end_to_end.runs import WarmProcess, checkpoints
 
 
@@ -88,6 +93,36 @@ def test_export_of_a_run_takes_its_newest_good_checkpoint(warm: WarmProcess, run
     none.failed_with(78, "run: no good checkpoint")
     assert not (run.parent / "x").exists()
     assert checkpoints(run) == ["step-00000035", "step-00000040"]
+
+
+def test_a_checkpoint_that_a_live_run_retires_is_listed_as_gone_and_a_newer_one_exported(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It goes once it is found good, and before its files are looked at."""
+    newest = run / "checkpoints" / "step-00000040"
+    look, write = launch.checkpoints.read_manifest, distrib.export.export_weights
+
+    def look_and_retire(checkpoint: Path) -> dict[str, Any]:
+        manifest = look(checkpoint)
+        if checkpoint == newest:
+            newest.rename(run / "retired")
+        return manifest
+
+    def retire_and_write(checkpoint: Checkpoint, out: Path) -> distrib.export.Exported:
+        if checkpoint.path == newest:
+            newest.rename(run / "retired")
+        return write(checkpoint, out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.checkpoints, "read_manifest", look_and_retire)
+        assert main(["checkpoint", "list", str(run)]) == 0
+    row = capsys.readouterr().out.splitlines()[1]
+    assert row.split(maxsplit=1) == ["step-00000040", "deleted by the run while it was read"]
+    (run / "retired").rename(newest)
+    with monkeypatch.context() as patch:
+        patch.setattr(distrib.export, "export_weights", retire_and_write)
+        assert main(["checkpoint", "export", str(run), "--out", str(run / "weights")]) == 0
+    assert capsys.readouterr().out.endswith("checkpoints/step-00000035\n")
 
 
 @pytest.mark.parametrize("action", [["verify"], ["list"], ["export", "--out", "x"]], ids=" ".join)
