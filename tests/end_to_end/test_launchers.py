@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import random
 import re
 import socket
 import sys
@@ -40,7 +42,7 @@ TORCHRUN_ON_TWO_NODES: list[object] = [
 # Without --multi_gpu it would start one process, on a CPU too. Everything is given, so that no defaults need to be told.
 ACCELERATE_LAUNCH: list[object] = [
     sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 2, "--num_machines", 1,
-    "--main_process_port", 0, "--mixed_precision", "no", "--dynamo_backend", "no",
+    "--main_process_port", FREE_PORT, "--mixed_precision", "no", "--dynamo_backend", "no",
 ]  # fmt: skip
 ACCELERATE_ON_TWO_NODES: list[object] = [
     sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 2, "--num_machines", 2, "--machine_rank", NODE,
@@ -181,9 +183,17 @@ def with_ssh(directory: Path) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port below those that Linux gives out by itself, and Slurm's steps meet at: nobody gets it while a launcher starts."""
+    while True:
+        port = random.randrange(10_000, 15_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def accelerate_launch() -> list[object]:
+    port = free_port()
+    return [port if word is FREE_PORT else word for word in ACCELERATE_LAUNCH]
 
 
 def unconfigured(directory: Path) -> dict[str, str]:
@@ -267,7 +277,13 @@ def test_what_accelerate_silently_would_not_do_ends_the_run_before_its_first_ste
     recipe_without_chance: Path, tmp_path: Path
 ) -> None:
     """`accelerate launch --use_fsdp` on a CPU: it would replicate, and its exit code is 1 whatever went wrong."""
-    asked = [*ACCELERATE_LAUNCH, "--use_fsdp", "--fsdp_cpu_ram_efficient_loading", "false", "--fsdp_sync_module_states"]
+    asked = [
+        *accelerate_launch(),
+        "--use_fsdp",
+        "--fsdp_cpu_ram_efficient_loading",
+        "false",
+        "--fsdp_sync_module_states",
+    ]
     ended = command(
         *asked, "false", "-m", "launch.train", recipe_without_chance, "parallel.engine=accelerate", "run.directory=run",
         cwd=tmp_path, env=unconfigured(tmp_path),
@@ -299,7 +315,7 @@ def test_what_accelerate_config_wrote_is_not_passed_over_by_another_launcher(
 def test_one_process_in_place_of_several_is_refused(recipe_without_chance: Path, tmp_path: Path) -> None:
     """`accelerate launch --cpu` starts one process, however many it was asked for."""
     ended = command(
-        *ACCELERATE_LAUNCH,
+        *accelerate_launch(),
         "--cpu",
         "-m",
         "launch.train",
