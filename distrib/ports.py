@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 _LISTENS = "0A"
@@ -14,12 +15,18 @@ def holder_of_port(port: int) -> str | None:
         return None
     links = {f"socket:[{inode}]" for inode, _ in sockets}
     for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
-        try:
-            if any(str(descriptor.readlink()) in links for descriptor in (process / "fd").iterdir()):
+        with contextlib.suppress(OSError):  # it ended, or is another user's
+            if any(_link(descriptor) in links for descriptor in (process / "fd").iterdir()):
                 return f"process {process.name} ({(process / 'comm').read_text().strip()})"
-        except OSError:
-            continue  # it ended, or is another user's
     return f"a process of the user with id {sockets[0][1]}, or one that is ending"
+
+
+def _link(descriptor: Path) -> str | None:
+    """None where it was closed since it was listed."""
+    try:
+        return str(descriptor.readlink())
+    except FileNotFoundError:
+        return None
 
 
 def _sockets_at(port: int) -> list[tuple[str, str]]:

@@ -290,3 +290,23 @@ def test_the_holder_of_a_port() -> None:
         ours.bind(("::", 0))
         ours.listen()
         assert f"process {os.getpid()} (" in str(holder_of_port(ours.getsockname()[1]))
+
+
+def test_a_holder_of_a_port_that_opens_and_closes_files_is_named() -> None:
+    """Some of its files are gone between a list of them and a look at them; they have lower numbers than the socket."""
+    busy = """if True:
+        import os, socket
+        files = [os.open(os.devnull, 0) for _ in range(500)]
+        held = socket.create_server(("127.0.0.1", 0))
+        print(held.getsockname()[1], flush=True)
+        while True:
+            os.closerange(files[0], files[-1] + 1)
+            for _ in files:
+                os.open(os.devnull, 0)
+    """
+    with subprocess.Popen([sys.executable, "-c", busy], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        told = {str(holder_of_port(port)).partition(" (")[0] for _ in range(100)}
+        process.kill()
+    assert told == {f"process {process.pid}"}
