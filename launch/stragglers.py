@@ -19,9 +19,9 @@ from launch.health_config import HealthConfig
 
 log = logging.getLogger("lockstep")
 
-PACE_NUMBERS = 5
-"""What a rank tells of how fast it is: seconds and rows of a micro-batch, seconds and samples of a step's data, and the share of
-its time that it has waited for data."""
+PACE_NUMBERS = 6
+"""What a rank tells of how fast it is: seconds and rows of a micro-batch, seconds and samples of a step's data, the share of
+its time that it has waited for data, and whether these three are new since it told them last."""
 # In how many steps before a comparison a micro-batch is timed: the median is compared.
 _TIMED_STEPS = 8
 # A rank that is slow in so many comparisons one after the other is named.
@@ -71,7 +71,7 @@ class Stragglers:
             now = time.perf_counter()
             self._data_numbers = [*made, self._waited_seconds / (now - self._since)]
             self._since, self._waited_seconds = now, 0.0
-        return [*self._pace.take(), *self._data_numbers]
+        return [*self._pace.take(), *self._data_numbers, float(made is not None)]
 
     def judge(self, told: Sequence[Sequence[float]], step: int, findings: Findings) -> None:
         """Looks at what all ranks have told, each its `own_numbers`."""
@@ -83,10 +83,16 @@ class Stragglers:
             for rank in self._named_now(self._slow_computing):
                 what = f"its own work on a micro-batch takes it {1e3 * told[rank][0]:.3g} ms"
                 self._tell(rank, what, computing[rank], "look at that machine", step, findings)
-        waited = statistics.median(share for *_, share in told)
-        with_data = _slowness_with_data([(seconds, samples) for _, _, seconds, samples, _ in told])
-        self._slow_with_data = self._count(self._slow_with_data, with_data if waited >= _WAITS_FOR_DATA else {})
-        for rank in self._named_now(self._slow_with_data):
+        waited = statistics.median(share for *_, share, _ in told)
+        with_data = _slowness_with_data([(seconds, samples) for _, _, seconds, samples, *_ in told])
+        # A rank is not slow again because it tells again how slow it was.
+        new = {rank for rank, numbers in enumerate(told) if numbers[-1]}
+        before = self._slow_with_data
+        looks = self._count(before, with_data if waited >= _WAITS_FOR_DATA else {})
+        self._slow_with_data = {
+            r: count if r in new else before[r] for r, count in looks.items() if r in new or r in before
+        }
+        for rank in sorted(new.intersection(self._named_now(self._slow_with_data))):
             what = f"steps wait for data {waited:.0%} of the time, and its part of a step's takes it {1e3 * told[rank][2]:.3g} ms"
             self._tell(rank, what, with_data[rank], "look at that machine's disk and network", step, findings)
         slow = sorted({*self._named(self._slow_computing), *self._named(self._slow_with_data)})
