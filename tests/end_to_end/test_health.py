@@ -233,7 +233,7 @@ def test_a_rank_whose_data_is_slow_is_named(troubled: Train, tmp_path: Path, ran
     (site / "sitecustomize.py").write_text(
         SLOW_SOURCE.format(ranks=set(ranks), pause_seconds=3 if ranks == "01" else 0)
     )
-    ended = troubled("", "health.compare_paces_every_steps=3", workers=2, site=site).succeeded()
+    ended = troubled("", "run.steps=36", "health.compare_paces_every_steps=3", workers=2, site=site).succeeded()
     told = [line for line in ended.err.splitlines() if "is slow" in line and "steps wait for data" in line]
     if ranks == "01":
         assert told == []
