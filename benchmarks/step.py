@@ -133,7 +133,7 @@ class Contender:
 
     def _watch(self, board: Board, processes: int) -> None:
         """What the supervisor does meanwhile. Contenders wait at the gate for as long as it takes: nobody is hung."""
-        watch = HangWatch(board, Limits(floor_seconds=1e9, unknown_seconds=1e9, data_is_near=True))
+        watch = HangWatch(board, Limits(floor_seconds=1e9, unknown_seconds=1e9, data_is_near=True, compiles=False))
         while not self._over.wait(LOOK_SECONDS):
             watch.look(LOOK_SECONDS, range(processes))
         board.close()

@@ -20,7 +20,9 @@ from launch.heartbeats import Beat, Board
 _OF_A_STEP: tuple[Phase, ...] = ("data", "forward", "backward", "reduce", "step", "report")
 _TIMES_THE_LONGEST = 5.0
 # Evaluations, saves and data from elsewhere depend on other machines, and on how much there is: they may take so much longer.
+# So may a model that is compiled, at any step: a micro-batch of another size compiles it anew.
 _BESIDE_STEPS = 10.0
+_COMPILED: tuple[Phase, ...] = ("forward", "backward")
 # A phase that has never come to its end compiles, meets the others or reads for the first time.
 _UNKNOWN = 3.0
 # A pause of this process itself, or of the machine, is not held against the workers.
@@ -39,6 +41,8 @@ class Limits:
     """For phases that nothing is known of yet."""
     data_is_near: bool
     """Whether steps read files that were prepared; what is fetched on the way has retries of its own, which take time."""
+    compiles: bool
+    """Whether the model is compiled."""
 
     @classmethod
     def of_run(cls, config: RunConfig) -> Limits | None:
@@ -48,16 +52,19 @@ class Limits:
             return None
         unknown = max(_UNKNOWN * config.parallel.timeout_seconds, _BESIDE_STEPS * floor)
         near = not any(data.streaming or is_remote(data.directory) for data in config.data.by_stream().values())
-        return cls(floor, unknown, near)
+        return cls(floor, unknown, near, config.parallel.compile)
 
     def seconds(self, phase: Phase, longest: float | None) -> float:
         """`longest`: of the phase lately, on any rank; None where it has never come to its end."""
         floor = _BESIDE_STEPS * self.floor_seconds
         if phase in ("start", "load", "end") or longest is None:
             floor = self.unknown_seconds
-        elif phase in _OF_A_STEP and (phase != "data" or self.data_is_near):
+        elif phase in _OF_A_STEP and not self._may_take_long(phase):
             floor = self.floor_seconds
         return max(floor, _TIMES_THE_LONGEST * (longest or 0.0))
+
+    def _may_take_long(self, phase: Phase) -> bool:
+        return (phase == "data" and not self.data_is_near) or (phase in _COMPILED and self.compiles)
 
 
 class Hang(NamedTuple):

@@ -165,7 +165,7 @@ def a_step(*phases: Phase) -> tuple[Phase, ...]:
 
 @pytest.fixture
 def two() -> Ranks:
-    ranks = Ranks(2, Limits(floor_seconds=10, unknown_seconds=100, data_is_near=True))
+    ranks = Ranks(2, Limits(floor_seconds=10, unknown_seconds=100, data_is_near=True, compiles=False))
     for rank in range(2):
         ranks.enter(rank, *a_step())
     ranks.watch.look(1.0, range(2))
@@ -211,7 +211,7 @@ def test_the_longest_of_a_phase_is_forgotten_after_a_while(monkeypatch: pytest.M
 
 
 def test_a_rank_that_waits_is_not_hung_while_the_other_may_still_take_its_time(two: Ranks) -> None:
-    two.watch = HangWatch(two.board, Limits(10, 100, data_is_near=False))
+    two.watch = HangWatch(two.board, Limits(10, 100, data_is_near=False, compiles=False))
     two.enter(0, "data", "forward", "backward")
     two.enter(1, "data")
     assert two.after(100) is None
@@ -222,6 +222,17 @@ def test_the_rank_that_is_behind_is_judged_by_its_own_phase(two: Ranks) -> None:
     two.enter(0, "data", "forward", "backward")
     two.enter(1, "data", "forward")
     assert two.after(20) == Hang((1,), "forward", False, 11.0)
+
+
+def test_a_rank_whose_model_is_compiled_may_compile_it_anew_at_any_step(two: Ranks) -> None:
+    """For a micro-batch of another size, though it has gone through the phase before."""
+    two.watch = HangWatch(two.board, Limits(10, 100, data_is_near=True, compiles=True))
+    two.enter(0, "data", "forward", "backward", "reduce")
+    two.enter(1, "data", "forward")
+    assert two.after(100) is None
+    assert two.after(2) == Hang((1,), "forward", False, 101.0)
+    two.enter(1, "backward", "reduce")
+    assert two.after(20) == Hang((0, 1), "reduce", False, 11.0)
 
 
 def test_ranks_that_are_equally_far_hang_once_the_last_to_come_there_has_waited_too_long(two: Ranks) -> None:
