@@ -91,7 +91,8 @@ def test_output_that_nobody_reads_ends_quietly(arguments: list[str], tmp_path: P
             [LOCKSTEP, *arguments], cwd=tmp_path, stdout=out, stderr=subprocess.PIPE, timeout=120, check=False
         )
     assert done.stderr == b""
-    assert done.returncode == (0 if "--help" in arguments else 1)  # argparse has help end well
+    # Of Python 3.11's versions the later ones have argparse end help well.
+    assert done.returncode in ((0, 1) if "--help" in arguments else (1,))
 
 
 def test_the_worker_refuses_the_same_recipes(tmp_path: Path) -> None:
