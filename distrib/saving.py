@@ -84,23 +84,27 @@ class Saver:
         return self._in_flight is None or not concurrent.futures.wait([self._in_flight], wait_seconds).not_done
 
     def _run(self, save: Callable[[], Path], step: int, over: Future[SaveOutcome]) -> None:
+        try:
+            outcome = self._save_and_report(save, step)
+        except BaseException as error:  # raised by `finish`, in the thread that trains
+            over.set_exception(error)
+        else:
+            over.set_result(outcome)
+
+    def _save_and_report(self, save: Callable[[], Path], step: int) -> SaveOutcome:
         begun = time.perf_counter()
         failure: str | None = None
         enter("save.write", step)
         try:
             try:
-                try:
-                    save()
-                except SaveFailed as error:
-                    failure = str(error)
-                outcome = SaveOutcome(step, failure, time.perf_counter() - begun)
-                self._report(outcome)
-            finally:  # before anybody hears that it is over: the end of the process may come at once
-                enter("idle" if self._config.asynchronous else "save")
-        except BaseException as error:  # raised by `finish`, in the thread that trains
-            over.set_exception(error)
-        else:
-            over.set_result(outcome)
+                save()
+            except SaveFailed as error:
+                failure = str(error)
+            outcome = SaveOutcome(step, failure, time.perf_counter() - begun)
+            self._report(outcome)
+            return outcome
+        finally:  # before anybody hears that it is over: the end of the process may come at once
+            enter("idle" if self._config.asynchronous else "save")
 
 
 def _work_off(work: queue.SimpleQueue[Callable[[], None] | None]) -> None:
