@@ -39,7 +39,7 @@ def process_began(process: int | str = "self") -> int:
     # The name, in brackets, may hold anything.
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     ticks = int(fields[19])
-    since_boot, now = _at_one_moment(lambda: time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+    _, since_boot, now = _at_one_moment(lambda: time.clock_gettime_ns(time.CLOCK_BOOTTIME))
     return now - (since_boot - ticks * _NANOSECONDS // os.sysconf("SC_CLK_TCK"))
 
 
@@ -92,7 +92,7 @@ class Clock:
     def read(self) -> dict[str, Any]:
         """`at`: the wall clock's time, in seconds since 1970. `phases`: seconds since the launch, by phase; their sum is the
         time since then. `waiting`: those of them within steps in which the thread slept; only where that says something."""
-        wall, at = _at_one_moment(time.time)
+        _, wall, at = _at_one_moment(time.time)
         spent = self._spent | {self._phase: self._spent.get(self._phase, 0) + at - self._since}
         reading: dict[str, Any] = {
             "at": round(wall, 6),
@@ -121,7 +121,7 @@ class _Sleep:
 
     def in_step(self, within: bool) -> None:
         if within and self._begun is None:
-            before, awake, _ = self._look()
+            before, awake, _ = _at_one_moment(self._awake)
             self._begun = before, awake
         elif not within and self._begun is not None:
             self._slept, self._begun = self.total(), None
@@ -130,36 +130,30 @@ class _Sleep:
         if self._begun is None:
             return self._slept
         begun, awake_until_then = self._begun
-        _, awake, after = self._look()
+        _, awake, after = _at_one_moment(self._awake)
         return self._slept + max(0, after - begun - (awake - awake_until_then))
 
-    def _look(self) -> tuple[int, int, int]:
-        """How long the thread has not slept, and the moments before and after that was read: taken again where the thread
-        lost its core in between, for then they would not belong together."""
-        for _ in range(_MOST_LOOKS):
-            before = time.monotonic_ns()
-            # The file's own time on a core is that of the last tick of the scheduler; its wait for one is exact.
-            awake = time.thread_time_ns() + int(os.pread(self._schedule, 64, 0).split()[1])
-            after = time.monotonic_ns()
-            if after - before < _LOOK_NANOSECONDS:
-                break
-        return before, awake, after
+    def _awake(self) -> int:
+        """How long the thread has not slept."""
+        # The file's own time on a core is that of the last tick of the scheduler; its wait for one is exact.
+        return time.thread_time_ns() + int(os.pread(self._schedule, 64, 0).split()[1])
 
 
 def _wall_time_of(monotonic_nanoseconds: int) -> float:
-    wall, now = _at_one_moment(time.time)
+    _, wall, now = _at_one_moment(time.time)
     return round(wall - (now - monotonic_nanoseconds) / _NANOSECONDS, 6)
 
 
-def _at_one_moment(other_clock: Callable[[], _Time]) -> tuple[_Time, int]:
-    """What another clock and the monotonic one say: read again where the thread lost its core in between."""
+def _at_one_moment(other_clock: Callable[[], _Time]) -> tuple[int, _Time, int]:
+    """What another clock says, between what the monotonic one says before and after it: read again where the thread lost its
+    core in between, for then they would not belong together."""
     for _ in range(_MOST_LOOKS):
         before = time.monotonic_ns()
         told = other_clock()
         after = time.monotonic_ns()
         if after - before < _LOOK_NANOSECONDS:
             break
-    return told, after
+    return before, told, after
 
 
 def _seconds(nanoseconds: int) -> float:
