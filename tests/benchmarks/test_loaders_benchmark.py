@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.loader_report import as_markdown, losses
+from benchmarks.loaders import _tree
 from benchmarks.machine import describe_machine
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "loaders.py"
@@ -45,11 +47,6 @@ def test_a_quick_run_writes_its_tables_and_resumes_exactly(tmp_path: Path) -> No
 
 
 def test_a_process_is_found_though_threads_of_it_end() -> None:
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        from loaders import _tree
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
     program = "import threading\nwhile True: threading.Thread(target=lambda: None).start()"
     with subprocess.Popen([sys.executable, "-c", program]) as process:
         try:
@@ -59,11 +56,6 @@ def test_a_process_is_found_though_threads_of_it_end() -> None:
 
 
 def test_a_contender_that_fails_is_a_row_and_a_loss_without_a_reason_is_marked(tmp_path: Path) -> None:
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        from loader_report import as_markdown, losses
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
     row = {"dtype": "torch.uint16", "first_batch_ms": 9.0, "start_seconds": 1.0, "fresh_ms": 1.0, "resume_ms": 2.0}
     row |= {"identical": True, "tree_mb": 100.0, "worker_mb": 0.0}
     rows = {

@@ -28,7 +28,7 @@ from distrib.launchers import (
 )
 from distrib.ports import holder_of_port
 from distrib.slurm_variables import SlurmStep, expand_node_list, meeting_port
-from tests.distrib.test_meeting import free_port
+from tests.ports import free_ports
 
 BATCH = {
     "SLURMD_NODENAME": "n1", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2",
@@ -270,7 +270,7 @@ def test_the_holder_of_a_port() -> None:
         "import socket, sys; held = socket.socket(); held.bind(('127.0.0.1', int(sys.argv[1]))); held.listen(); "
         "print('held', flush=True); input()"
     )
-    port = free_port()
+    (port,) = free_ports(1)
     with subprocess.Popen(
         [sys.executable, "-c", holding, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("restarted_worker.py")
@@ -18,21 +17,14 @@ SCRIPT = Path(__file__).with_name("restarted_worker.py")
 TIMEOUT_SECONDS = 400
 
 
-def free_port() -> int:
-    """A port that is free and stays so until somebody asks for this very one: Linux gives out none below 32768 by itself."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_768)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("", port))
-            return port
-
-
 @pytest.mark.long
 @pytest.mark.timeout(2 * TIMEOUT_SECONDS)
 @pytest.mark.parametrize(("rendezvous", "starts"), [("c10d", 20), ("static", 5)])
 def test_many_starts_in_place(rendezvous: str, starts: int, tmp_path: Path) -> None:
     """With one store for all starts, as torchrun has it by default (c10d), or whatever is set (static, and Accelerate)."""
-    where = ["--standalone"] if rendezvous == "c10d" else ["--master-addr", "127.0.0.1", "--master-port", free_port()]
+    where = (
+        ["--standalone"] if rendezvous == "c10d" else ["--master-addr", "127.0.0.1", "--master-port", *free_ports(1)]
+    )
     line = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", 2, "--max-restarts", starts - 1]
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"}
     with subprocess.Popen(

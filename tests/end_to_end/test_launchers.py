@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
-import random
 import re
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +26,7 @@ from tests.end_to_end.runs import (
     srun_variables,
     write_recipe,
 )
+from tests.ports import free_ports
 
 STEPS = 8
 # Stand for a port that is free when the launchers start, alone or with this host's address, for the number of the node that
@@ -150,7 +148,7 @@ def launch(name: str, recipe: Path) -> tuple[Path, str]:
     run = folder / name.replace(" ", "-")
     (folder / "hosts").write_text("localhost slots=2\n127.0.0.1 slots=2\n")
     (folder / "two-hosts").write_text("127.0.0.2 slots=1\n127.0.0.3 slots=1\n")
-    port = free_port()
+    (port,) = free_ports(1)
     envs = [unconfigured(folder) | {"PATH": with_ssh(folder / "bin")} for _ in range(start.nodes)]
     if start.srun:
         envs = [env | task for env, task in zip(envs, srun_variables([1] * start.nodes, job=os.getpid()), strict=True)]
@@ -182,17 +180,8 @@ def with_ssh(directory: Path) -> str:
     return f"{directory}:{os.environ['PATH']}"
 
 
-def free_port() -> int:
-    """A port below those that Linux gives out by itself, and Slurm's steps meet at: nobody gets it while a launcher starts."""
-    while True:
-        port = random.randrange(10_000, 15_000)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
 def accelerate_launch() -> list[object]:
-    port = free_port()
+    (port,) = free_ports(1)
     return [port if word is FREE_PORT else word for word in ACCELERATE_LAUNCH]
 
 

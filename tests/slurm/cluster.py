@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import secrets
 import shutil
 import signal
@@ -14,6 +13,7 @@ import time
 from pathlib import Path
 
 from tests.end_to_end.runs import TIMEOUT_SECONDS, environment, wait_until
+from tests.ports import free_ports
 
 NODES = ("127.0.0.11", "127.0.0.12", "127.0.0.13", "127.0.0.14")
 """Nodes are named as the addresses that they answer at, so that no system file needs to know them."""
@@ -21,7 +21,6 @@ CORES_PER_NODE = 4
 GPUS_PER_NODE = 2
 _DAEMONS = ("munged", "slurmctld", "slurmd")
 _SBIN = "/usr/sbin"
-_PORTS = range(10_000, 15_000)
 
 
 def why_not() -> str | None:
@@ -182,7 +181,7 @@ class Cluster:
         (self.directory / "gres.conf").write_text(
             "".join(f"NodeName={node} Name=gpu File={self.directory}/gpu[0-{GPUS_PER_NODE - 1}]\n" for node in NODES)
         )
-        ports = _free_ports(len(NODES) + 1)
+        ports = free_ports(len(NODES) + 1)
         nodes = [
             f"NodeName={node} NodeAddr={node} NodeHostname={socket.gethostname()} Port={port} CPUs={CORES_PER_NODE} "
             f"RealMemory=100000 Gres=gpu:{GPUS_PER_NODE} State=UNKNOWN"
@@ -251,19 +250,6 @@ PartitionName=main Nodes={all} Default=YES MaxTime=1-00:00:00 DefaultTime=10 Sta
 PartitionName=urgent Nodes={all} MaxTime=1-00:00:00 DefaultTime=10 State=UP PriorityTier=10
 PartitionName=small Nodes={small} MaxTime=60 DefaultTime=10 State=UP PriorityTier=1
 """
-
-
-def _free_ports(count: int) -> list[int]:
-    """Below those that Linux gives out by itself and those at which workers meet: nobody comes to have one by chance before a
-    daemon takes it, or takes it again."""
-    found: list[int] = []
-    for port in random.sample(_PORTS, len(_PORTS)):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise AssertionError("no free ports")
 
 
 def _all_processes() -> list[int]:
